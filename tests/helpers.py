@@ -1,0 +1,159 @@
+"""Shared by the tests: how close is close, memory full of NaN, compiled kernels, other processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+
+# Largest relative error ||out - truth|| / ||truth|| of an implementation, whatever PyTorch's own error is.
+RELATIVE_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float64: 1e-12}
+
+
+def assert_kernel_close(out: Tensor, eager: Tensor, truth: Tensor, what: str = "output") -> None:
+    """Asserts that a kernel is about as exact as plain PyTorch in the same precision.
+
+    The largest error may be twice that of `eager` (plus one rounding of the largest value, as eager may
+    happen to be exact), and the relative error has an absolute limit. No tolerance is chosen by hand.
+
+    Args:
+        out: the kernel's result.
+        eager: the reference's result from the same inputs in the same dtype.
+        truth: the reference's result from the same inputs in float64.
+    """
+    assert out.dtype == eager.dtype, f"{what}: {out.dtype}, but PyTorch gives {eager.dtype}"
+    assert out.shape == eager.shape == truth.shape, f"{what}: {out.shape}, {eager.shape}, {truth.shape}"
+    assert truth.dtype == torch.float64, "the truth is computed in float64"
+    assert torch.isfinite(truth).all(), "the criterion is for finite values"
+    missing = (~torch.isfinite(out)).nonzero()
+    assert len(missing) == 0, (
+        f"{what}: {len(missing)} elements are not finite, first at {missing[0].tolist()}"
+    )
+    error = (out.double() - truth).abs()
+    eager_error = (eager.double() - truth).abs().max()
+    rounding = torch.finfo(out.dtype).eps * truth.abs().max()
+    where = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
+    allowed = 2 * eager_error + rounding
+    assert error.max() <= allowed, f"{what}: error {error.max():.3g} at {where}, allowed {allowed:.3g}"
+    relative = error.norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    limit = RELATIVE_LIMITS[out.dtype]
+    assert relative <= limit, f"{what}: relative error {relative:.3g} above {limit:.3g}"
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty, torch.empty_like and Tensor.new_empty give memory full of NaN (integers: the largest)."""
+
+    def poison(function: Any) -> Any:
+        def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+            fresh = function(*args, **kwargs)
+            if fresh.is_floating_point():
+                return fresh.fill_(float("nan"))
+            return fresh if fresh.dtype == torch.bool else fresh.fill_(torch.iinfo(fresh.dtype).max)
+
+        return poisoned
+
+    with (
+        mock.patch.object(torch, "empty", poison(torch.empty)),
+        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
+    ):
+        yield
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel needs. Bytes, except for registers (per thread)."""
+
+    kernel: str
+    registers: int
+    spilled: int
+    shared: int
+
+
+def read_ptxas_report(report: str) -> list[Resources]:
+    """The kernels in the output of `ptxas -v`."""
+    found = []
+    for entry in report.split("Compiling entry function")[1:]:
+        numbers = {}
+        for name, pattern in {
+            "registers": r"Used (\d+) registers",
+            "stores": r"(\d+) bytes spill stores",
+            "loads": r"(\d+) bytes spill loads",
+            "shared": r"(\d+) bytes smem",
+        }.items():
+            match = re.search(pattern, entry)
+            numbers[name] = int(match[1]) if match else 0
+        kernel = re.search(r"'(\S+)'", entry)
+        assert kernel is not None and numbers["registers"] > 0, f"not a report of ptxas: {entry[:200]}"
+        spilled = numbers["stores"] + numbers["loads"]
+        found.append(Resources(kernel[1], numbers["registers"], spilled, numbers["shared"]))
+    return found
+
+
+def compile_triton_for_hopper(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> Resources:
+    """Compiles a Triton kernel for sm_90 without a GPU.
+
+    Args:
+        kernel: the function under triton.jit.
+        signature: argument name -> "*bf16", "i32", ...; pointers and sizes are taken as multiples of 16.
+        constants: the values of the tl.constexpr arguments.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {**signature, **dict.fromkeys(constants, "constexpr")}
+    types = {name: types[name] for name in kernel.arg_names}
+    multiples_of_16 = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind != "constexpr"
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs=multiples_of_16,
+    )
+    target = GPUTarget("cuda", 90, 32)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+    spilled = usage["STACK"] + usage["LOCAL"]
+    return Resources(compiled.metadata.name, usage["REG"], spilled, compiled.metadata.shared)
+
+
+def run_python(*arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> str:
+    """Runs this interpreter in a process of its own and returns its output; fails the test where it fails."""
+    process = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, f"python {' '.join(arguments)}: {process.returncode}\n{process.stdout}"
+    return process.stdout

@@ -1,0 +1,70 @@
+"""geglu: the reference, the choice, and what the kernels need; check_gated.py holds the kernels' numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.helpers import compile_triton_for_hopper, run_python
+from vfmvae.ops import geglu
+
+
+def test_reference_is_the_published_formula() -> None:
+    gate, value = torch.randn(2, 100, dtype=torch.float64)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    expected = 0.5 * gate * (1 + torch.tanh(inner)) * value
+    torch.testing.assert_close(geglu(gate, value, fused=False), expected)
+
+
+def test_kernel_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_python(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/check_gated.py"),
+        env={"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_kernel_on_the_gpu() -> None:
+    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/check_gated.py")
+
+
+@pytest.mark.parametrize("element", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("columns", [1024, 2048, 64])
+def test_kernels_compile_for_hopper_without_spills(columns: int, element: str) -> None:
+    pytest.importorskip("triton")
+    from vfmvae.kernels import gated
+    from vfmvae.kernels.common import matrix_tile
+
+    height, width, _ = matrix_tile(4096, columns)
+    sizes = dict.fromkeys(("rows", "columns", "gate_stride", "value_stride"), "i32")
+    for kernel in (gated._geglu_fwd_kernel, gated._geglu_bwd_kernel):
+        pointers = {name: element for name in kernel.arg_names if name.endswith("_ptr")}
+        resources = compile_triton_for_hopper(kernel, pointers | sizes, {"HEIGHT": height, "WIDTH": width})
+        assert resources.spilled == 0, resources
+        assert resources.shared == 0, resources
+        assert resources.registers <= 128, resources
+
+
+def test_auto_takes_the_reference_on_the_cpu_and_says_why_when_asked_by_name() -> None:
+    gate, value = torch.randn(2, 3, 4)
+    assert torch.equal(geglu(gate, value, fused=True), geglu(gate, value, fused=False))
+    with pytest.raises(ValueError, match="triton.*(on cpu|not installed)"):
+        geglu(gate, value, fused="triton")
+    with pytest.raises(ValueError, match="float64"):
+        geglu(gate.double(), value.double(), fused="triton")
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "sentence"),
+    [
+        (torch.ones(2, 3), torch.ones(2, 4), r"\[2, 3\].*\[2, 4\]"),
+        (torch.ones(2), torch.ones(2, dtype=torch.float64), "float32.*float64"),
+        (torch.ones(2), torch.ones(2, device="meta"), "cpu.*meta"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(gate: torch.Tensor, value: torch.Tensor, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        geglu(gate, value)

@@ -1,0 +1,36 @@
+"""The only door to fast code: one public function per operation, its reference and its implementations.
+
+Every function takes `fused`: True for the fastest implementation that applies, False for the plain PyTorch
+reference, or the name of one implementation (see `vfmvae.ops.dispatch`).
+"""
+
+from vfmvae.ops.alignment import vf_alignment_loss
+from vfmvae.ops.attention import attention
+from vfmvae.ops.conv import depthwise_conv2d, pointwise_conv2d
+from vfmvae.ops.dispatch import Fused
+from vfmvae.ops.fusion import NormedLinear, fusion_projection
+from vfmvae.ops.gated import geglu
+from vfmvae.ops.mlp import modulated_mlp, modulated_to_rgb
+from vfmvae.ops.norm import Activation, channel_rms_norm, group_norm
+from vfmvae.ops.perceptual import ssim
+from vfmvae.ops.posterior import gaussian_posterior
+from vfmvae.ops.resample import upsample_blur
+
+__all__ = [
+    "Activation",
+    "Fused",
+    "NormedLinear",
+    "attention",
+    "channel_rms_norm",
+    "depthwise_conv2d",
+    "fusion_projection",
+    "gaussian_posterior",
+    "geglu",
+    "group_norm",
+    "modulated_mlp",
+    "modulated_to_rgb",
+    "pointwise_conv2d",
+    "ssim",
+    "upsample_blur",
+    "vf_alignment_loss",
+]

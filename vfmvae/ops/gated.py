@@ -1,0 +1,89 @@
+"""The gated activation of the fusion blocks: GEGLU (Shazeer, arXiv 2002.05202) with the tanh form of GELU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vfmvae.ops import native
+from vfmvae.ops.dispatch import Fused, Implementation, Op
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def geglu(gate: Tensor, value: Tensor, *, fused: Fused = True) -> Tensor:
+    """gelu_tanh(gate) * value, elementwise.
+
+    Args:
+        gate, value: [..., C], same shape, dtype and device. Halves of one tensor need not be copied apart.
+        fused: "triton" computes in float32 and keeps nothing but its inputs for the backward, which is one
+            pass.
+
+    Returns:
+        [..., C] in the inputs' dtype.
+
+    Raises:
+        ValueError: where shapes, dtypes or devices differ.
+    """
+    if gate.shape != value.shape:
+        raise ValueError(f"gate {list(gate.shape)} and value {list(value.shape)} differ in shape")
+    if gate.dtype != value.dtype or gate.device != value.device:
+        raise ValueError(
+            f"gate ({gate.dtype} on {gate.device}) and value ({value.dtype} on {value.device}) differ"
+        )
+    return _GEGLU(fused, gate, value)
+
+
+def geglu_reference(gate: Tensor, value: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * value
+
+
+@torch.library.custom_op("vfmvae::geglu", mutates_args=(), device_types=("cpu", "cuda"))
+def _geglu_triton(gate: Tensor, value: Tensor) -> Tensor:
+    from vfmvae.kernels.gated import geglu_fwd
+
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    geglu_fwd(gate, value, out)
+    return out
+
+
+@_geglu_triton.register_fake
+def _(gate: Tensor, value: Tensor) -> Tensor:
+    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+
+
+@torch.library.custom_op("vfmvae::geglu_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _geglu_backward(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    from vfmvae.kernels.gated import geglu_bwd
+
+    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    grad_value = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    geglu_bwd(grad, gate, value, grad_gate, grad_value)
+    return grad_gate, grad_value
+
+
+@_geglu_backward.register_fake
+def _(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    empty = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    return empty, torch.empty_like(empty)
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return _geglu_backward(grad, *ctx.saved_tensors)
+
+
+_geglu_triton.register_autograd(_backward, setup_context=_setup)
+
+
+def _why_not_triton(gate: Tensor, value: Tensor) -> str | None:
+    if gate.dtype not in TRITON_DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {gate.dtype}"
+    return native.why_no_triton(gate)
+
+
+_GEGLU = Op("geglu", geglu_reference, (Implementation("triton", _geglu_triton, _why_not_triton),))

@@ -1,0 +1,120 @@
+"""The style-modulated 1 x 1 convolutions of the decoder (StyleGAN2 weight modulation, arXiv 1912.04958).
+
+Shapes: x [B, C, H, W], style [B, C]. The references build per-sample weights and run one grouped convolution,
+which is how modulation is published. The fused forms use that modulating the weights' inputs equals scaling
+the activations: W (v * x), demodulated by d = rsqrt((v^2) (W^2)^T + 1e-8) on the output.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vfmvae.ops.dispatch import Fused, Implementation, Op, always
+
+DEMODULATION_EPS = 1e-8
+
+
+def modulated_mlp(
+    residual: Tensor,
+    x: Tensor,
+    style: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    contract_weight: Tensor,
+    contract_bias: Tensor,
+    gamma: Tensor,
+    *,
+    fused: Fused = True,
+) -> Tensor:
+    """residual + gamma * (W2 gelu(d * (W1 (style * x)) + b1) + b2): the tail of a modulated ConvNeXt layer.
+
+    Args:
+        residual, x: [B, C, H, W], same dtype; x is the normalised input.
+        style: [B, C], the per-input scale v; float32 whatever x is.
+        expand_weight, expand_bias: W1 [E, C], b1 [E] (E is 4C in the published decoder).
+        contract_weight, contract_bias: W2 [C, E], b2 [C].
+        gamma: [C], layer scale.
+
+    Returns:
+        [B, C, H, W] in x.dtype. GELU is the exact form; d demodulates each output of W1 to unit input norm.
+    """
+    return _MODULATED_MLP(
+        fused, residual, x, style, expand_weight, expand_bias, contract_weight, contract_bias, gamma
+    )
+
+
+def modulated_mlp_reference(
+    residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor
+) -> Tensor:
+    weight = w1 * style[:, None, :]  # [B, E, C]
+    weight = weight * (weight.square().sum(dim=2, keepdim=True) + DEMODULATION_EPS).rsqrt()
+    hidden = F.gelu(_grouped_conv1x1(x, weight) + b1[:, None, None].to(x.dtype))  # [B, E, H, W]
+    y = F.conv2d(hidden, w2[:, :, None, None].to(x.dtype), b2.to(x.dtype))
+    return residual + gamma[:, None, None].to(x.dtype) * y
+
+
+def _modulated_mlp_gemm(
+    residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor
+) -> Tensor:
+    batch, channels, height, width = x.shape
+    demodulation = (F.linear(style.square(), w1.square()) + DEMODULATION_EPS).rsqrt()  # [B, E]
+    # Layer scale folds into the second weight: one pass over the output less.
+    contract = (w2 * gamma[:, None]).to(x.dtype)
+    contract_bias = (b2 * gamma).to(x.dtype)
+    tokens = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+    if height * width >= channels:  # building B small weights costs less than two passes over the activations
+        weight = demodulation[:, :, None] * w1 * style[:, None, :]
+        hidden = torch.baddbmm(b1.to(x.dtype), tokens, weight.to(x.dtype).transpose(1, 2))
+    else:
+        scaled = F.linear(tokens * style[:, None, :].to(x.dtype), w1.to(x.dtype))
+        hidden = torch.addcmul(b1.to(x.dtype), scaled, demodulation[:, None, :].to(x.dtype))
+    y = F.linear(F.gelu(hidden), contract, contract_bias)  # [B, HW, C]
+    return residual + y.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def modulated_to_rgb(
+    x: Tensor, style: Tensor, weight: Tensor, bias: Tensor, *, fused: Fused = True
+) -> Tensor:
+    """1 x 1 convolution to an image with modulated inputs and no demodulation.
+
+    Args:
+        x: [B, C, H, W].
+        style: [B, C], the per-input scale.
+        weight: [3, C]; bias: [3].
+
+    Returns:
+        [B, 3, H, W] in float32 (float64 for float64 x): an image keeps more digits than 16-bit activations.
+    """
+    return _MODULATED_TO_RGB(fused, x, style, weight, bias)
+
+
+def modulated_to_rgb_reference(x: Tensor, style: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    return _grouped_conv1x1(wide, weight * style[:, None, :]) + bias[:, None, None].to(wide.dtype)
+
+
+def _modulated_to_rgb_gemm(x: Tensor, style: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    batch, channels, height, width = x.shape
+    tokens = wide.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+    per_sample = (weight * style[:, None, :]).to(wide.dtype)  # [B, 3, C]
+    image = torch.baddbmm(bias.to(wide.dtype), tokens, per_sample.transpose(1, 2))  # [B, HW, 3]
+    return image.view(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _grouped_conv1x1(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, C, H, W] with one weight [D, C] per sample (weight [B, D, C]) -> [B, D, H, W]."""
+    batch, channels, height, width = x.shape
+    grouped = x.reshape(1, batch * channels, height, width)
+    kernels = weight.to(x.dtype).reshape(-1, channels, 1, 1)
+    return F.conv2d(grouped, kernels, groups=batch).reshape(batch, -1, height, width)
+
+
+_MODULATED_MLP = Op(
+    "modulated_mlp", modulated_mlp_reference, (Implementation("gemm", _modulated_mlp_gemm, always),)
+)
+_MODULATED_TO_RGB = Op(
+    "modulated_to_rgb", modulated_to_rgb_reference, (Implementation("gemm", _modulated_to_rgb_gemm, always),)
+)

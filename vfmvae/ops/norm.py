@@ -1,0 +1,94 @@
+"""Normalisations of the decoder: group norm with fp32 statistics, channel RMS norm.
+
+Shapes: x [B, C, H, W]. Results are in x.dtype; statistics are accumulated in float32 (float64 for float64 x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vfmvae.ops.dispatch import Fused, Implementation, Op, always
+
+Activation = Literal["leaky_relu", "gelu", "silu"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    activation: Activation | None = None,
+    *,
+    fused: Fused = True,
+) -> Tensor:
+    """Group normalisation over C/groups channels and all positions, optionally followed by an activation.
+
+    Args:
+        x: [B, C, H, W].
+        groups: divides C.
+        weight, bias: [C].
+        activation: "leaky_relu" (slope 0.2), "gelu" (exact), "silu" or None.
+    """
+    if x.shape[1] % groups:
+        raise ValueError(f"{x.shape[1]} channels cannot be divided into {groups} groups")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+    return _GROUP_NORM(fused, x, groups, weight, bias, eps, activation)
+
+
+def group_norm_reference(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, activation: Activation | None
+) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = F.group_norm(wide, groups, weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def _group_norm_torch(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, activation: Activation | None
+) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.device.type == "cpu":
+        x = x - _group_means(x, groups)
+    y = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+@torch.no_grad()
+def _group_means(x: Tensor, groups: int) -> Tensor:
+    """[B, C, 1, 1], equal within a group. ATen's channels-last CPU kernel takes the variance as E[x^2] - E[x]^2,
+    which loses it where the mean is large; the result does not depend on a shift, nor do gradients.
+    """
+    batch, channels = x.shape[:2]
+    means = x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32)).view(batch, groups, -1)
+    shift = means.mean(dim=2, keepdim=True).expand_as(means)
+    return shift.reshape(batch, channels, 1, 1).to(x.dtype)
+
+
+def channel_rms_norm(x: Tensor, gamma: Tensor, *, fused: Fused = True) -> Tensor:
+    """x / |x| * sqrt(C) * gamma with the norm over channels; x [B, C, H, W], gamma [C]."""
+    return _CHANNEL_RMS_NORM(fused, x, gamma)
+
+
+def channel_rms_norm_reference(x: Tensor, gamma: Tensor) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = F.normalize(wide, dim=1) * (x.shape[1] ** 0.5 * gamma[:, None, None].to(wide.dtype))
+    return y.to(x.dtype)
+
+
+_GROUP_NORM = Op(
+    "group_norm", group_norm_reference, (Implementation("channels_last", _group_norm_torch, always),)
+)
+_CHANNEL_RMS_NORM = Op("channel_rms_norm", channel_rms_norm_reference)

@@ -1,0 +1,53 @@
+"""Structural similarity (Wang et al. 2004)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vfmvae.ops.dispatch import Fused, Op
+
+WINDOW, SIGMA = 11, 1.5
+
+
+def ssim(a: Tensor, b: Tensor, data_range: float = 2.0, *, fused: Fused = True) -> Tensor:
+    """Mean structural similarity of each pair of images, [B]; 1 for equal images.
+
+    Gaussian window 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, biased variances, averaged over channels and
+    all positions where the window fits.
+
+    Args:
+        a, b: [B, C, H, W] with H, W >= 11; computed in float32 (float64 for float64).
+        data_range: largest minus smallest possible value; 2 for images in [-1, 1].
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"the images differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
+    if min(a.shape[-2:]) < WINDOW:
+        raise ValueError(f"SSIM needs at least {WINDOW} x {WINDOW} pixels, not {a.shape[-2]} x {a.shape[-1]}")
+    return _SSIM(fused, a, b, data_range)
+
+
+def ssim_reference(a: Tensor, b: Tensor, data_range: float) -> Tensor:
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    a, b = a.to(wide), b.to(wide)
+    channels = a.shape[1]
+    x = torch.arange(WINDOW, dtype=wide, device=a.device) - WINDOW // 2
+    line = torch.exp(-0.5 * (x / SIGMA) ** 2)
+    line = line / line.sum()
+
+    def blur(image: Tensor) -> Tensor:
+        image = F.conv2d(image, line.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+        return F.conv2d(image, line.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
+
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mean_a, mean_b = blur(a), blur(b)
+    variance_a = blur(a * a) - mean_a**2
+    variance_b = blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    return (luminance * structure).flatten(1).mean(dim=1)
+
+
+_SSIM = Op("ssim", ssim_reference)
