@@ -1,0 +1,81 @@
+"""Reading published checkpoints and their configurations; nothing that is not plain tensors is ever
+unpickled.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from vfmvae.serialization import read_json
+from vfmvae.tokenizer.files import read_safetensors
+
+GENERATORS = ("G_ema", "G")
+"""Where a published training checkpoint keeps the generator, in order of preference."""
+
+
+def read_generator(path: Path) -> dict[str, Tensor]:
+    """The generator's state dict from a .safetensors file or a torch checkpoint with "G_ema" or "G".
+
+    Raises ValueError where the file is missing, truncated, holds code instead of tensors, or something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist or is no file")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors ({_first_line(error)}), and opening it would run code from"
+            f" the file;"
+            " save the generator's state dict with torch.save or safetensors where it comes from, and"
+            " convert that"
+        ) from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not a torch checkpoint: {_first_line(error)}") from None
+    return _state_dict(content, path)
+
+
+def read_arguments(path: Path) -> dict[str, Any]:
+    """The generator's arguments from a published YAML or a JSON; a `G_kwargs` section is taken where there is
+    one.
+    """
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        arguments = read_json(path)
+    else:
+        try:
+            arguments = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(arguments, dict):
+        raise ValueError(
+            f"{path} holds no arguments: needed is a mapping, with or without a G_kwargs section"
+        )
+    return arguments.get("G_kwargs") or arguments
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    found = content
+    if isinstance(content, Mapping):
+        found = next((content[name] for name in GENERATORS if content.get(name) is not None), content)
+    if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(
+            f"{path} holds no generator: needed is a state dict, or one under {GENERATORS}; found"
+            f" {keys[:200]}"
+        )
+    return dict(found)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,219 @@
+"""The published VFM-VAE generator: its arguments become a TokenizerConfig, its parameters a Tokenizer's.
+
+Every parameter is either mapped, checked to be what our code computes anyway (blur filters, zero key biases),
+or named in an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vfmvae.convert.vfm_vae_config import tokenizer_config
+from vfmvae.tokenizer import Tokenizer, TokenizerConfig
+from vfmvae.tokenizer.decoder import NUM_BLOCKS
+
+ENCODER_PREFIX = "vfm_encoder.encoder."
+
+_ATTENTION_PROJECTION = [
+    (r"norm1\.", "norm_attention."),
+    (r"norm2\.", "norm_mlp."),
+    (r"norm3\.", "norm_skip."),
+    (r"attn\.proj\.", "attention.out."),
+    (r"attn\.", "attention."),
+    (r"proj\.", "skip."),
+    (r"mlp\.w0\.", "mlp.gate."),
+    (r"mlp\.w1\.", "mlp.value."),
+    (r"mlp\.w2\.", "mlp.out."),
+    (r"mlp\.norm\.", "mlp.norm."),
+]
+_CONVNEXT = [
+    (r"affine_pw1\.proj\.", "style.linear."),
+    (r"dwconv\.", "depthwise."),
+    (r"norm\.", "norm."),
+    (r"pwconv1\.", "expand_"),
+    (r"pwconv2\.", "contract."),
+    (r"gamma$", "gamma"),
+    (r"noise_const$", "noise"),
+    (r"noise_strength$", "noise_strength"),
+]
+_SELF_ATTENTION = [
+    (r"attn\.norm\.gamma$", "gamma"),
+    (r"attn\.to_out\.", "out."),
+    (r"ff\.0\.gamma$", "mlp_gamma"),
+    (r"ff\.1\.", "mlp_expand."),
+    (r"ff\.3\.", "mlp_contract."),
+]
+_TO_RGB = [(r"affine\.proj\.", "style.linear."), (r"", "")]
+_UPSAMPLE = [(r"", "")]
+
+# A published module (groups become format arguments), ours, and how the names inside it translate.
+_MODULES: list[tuple[str, str, list[tuple[str, str]]]] = [
+    (
+        r"ldm_adapter\.patch_quants\.(\d+)\.0\.blocks\.(\d+)\.",
+        "fusion.layers.{0}.blocks.{1}.",
+        _ATTENTION_PROJECTION,
+    ),
+    (r"ldm_adapter\.patch_quants\.(\d+)\.0\.", "fusion.layers.{0}.linear.", [(r"", "")]),
+    (r"ldm_adapter\.final_quant\.blocks\.(\d+)\.", "fusion.final.blocks.{0}.", _ATTENTION_PROJECTION),
+    (r"ldm_adapter\.final_quant\.", "fusion.final.linear.", [(r"", "")]),
+    (r"ldm_adapter\.post_quant\.blocks\.(\d+)\.", "decompress.blocks.{0}.", _ATTENTION_PROJECTION),
+    (r"ldm_adapter\.post_quant\.", "decompress.linear.", [(r"", "")]),
+    (r"ldm_adapter\.linear_proj\.", "align.", [(r"", "")]),
+    (
+        r"ldm_adapter\.quantizer\.codebooks\.(\d+)\.",
+        "bottleneck.codebooks.{0}.",
+        [(r"codebook\.weight$", "weight"), (r"vocab_usage$", "usage")],
+    ),
+    (r"mapping\.mlp\.", "style.", [(r"", "")]),
+    (r"mapping\.x_avg$", "style.average", [(r"", "")]),
+    (r"synthesis\.blocks\.(\d+)\.conv0\.", "decoder.blocks.{0}.layers.0.", _CONVNEXT),
+    (r"synthesis\.blocks\.(\d+)\.convs1\.(\d+)\.", "decoder.blocks.{0}.layers.{1+1}.", _CONVNEXT),
+    (r"synthesis\.blocks\.(\d+)\.self_attns\.(\d+)\.", "decoder.blocks.{0}.attention.{1}.", _SELF_ATTENTION),
+    (r"synthesis\.blocks\.(\d+)\.seperate_upsample_conv\.", "decoder.blocks.{0}.upsample.", _UPSAMPLE),
+    (r"synthesis\.blocks\.(\d+)\.last_upsample_conv\.", "decoder.blocks.{0}.skip_upsample.", _UPSAMPLE),
+    (r"synthesis\.blocks\.(\d+)\.torgb\.", "decoder.blocks.{0}.to_rgb.", _TO_RGB),
+]
+
+
+def convert(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Tokenizer:
+    """A published generator's parameters and arguments -> Tokenizer with the same numbers.
+
+    Args:
+        state: the generator's state dict, frozen encoder included.
+        arguments: the generator's keyword arguments (`G_kwargs`), with `vfm_config` for an encoder that has
+        no
+            published name.
+
+    Raises ValueError naming every parameter or argument that has no place.
+    """
+    config = tokenizer_config(arguments)
+    tokenizer = Tokenizer(config, encoder_weights=None)
+    target = tokenizer.state_dict()
+    encoder = {k[len(ENCODER_PREFIX) :]: v for k, v in state.items() if k.startswith(ENCODER_PREFIX)}
+    rest = {k: v for k, v in state.items() if not k.startswith(ENCODER_PREFIX)}
+    converted = convert_parameters(rest, config)
+    for name, tensor in tokenizer.encoder.adapt(_without_wrapper(encoder)).items():
+        converted[f"encoder.{name}"] = tensor
+    if "align.weight" not in converted:  # trained without the alignment loss: nothing to carry over
+        converted["align.weight"] = target["align.weight"]
+    missing = sorted(target.keys() - converted.keys())
+    extra = sorted(converted.keys() - target.keys())
+    if missing or extra:
+        raise ValueError(
+            f"checkpoint and arguments do not belong together: the arguments call for"
+            f" {missing or 'nothing'} more,"
+            f" and have no place for {extra or 'nothing'}"
+        )
+    tokenizer.load_state_dict({name: _fit(name, converted[name], target[name]) for name in target})
+    return tokenizer.eval()
+
+
+def convert_parameters(state: Mapping[str, Tensor], config: TokenizerConfig) -> dict[str, Tensor]:
+    """All published parameters but the encoder's -> ours; ValueError names those without a counterpart."""
+    rest = dict(state)
+    ours: dict[str, Tensor] = {}
+    _join_attention(rest, ours)
+    _drop_constants(rest)
+    unknown = []
+    for name, tensor in rest.items():
+        mapped = _latent_branch_name(name, config) or _translate(name)
+        if mapped is None:
+            unknown.append(name)
+        else:
+            ours[mapped] = tensor
+    if unknown:
+        raise ValueError(f"parameters without a counterpart in vfmvae: {', '.join(sorted(unknown))}")
+    return ours
+
+
+def _without_wrapper(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the name of the attribute that the published code keeps the encoder's model in."""
+    wrappers = {name.split(".", 1)[0] for name in encoder}
+    if len(wrappers) != 1 or any("." not in name for name in encoder):
+        return dict(encoder)
+    return {name.split(".", 1)[1]: tensor for name, tensor in encoder.items()}
+
+
+def _translate(name: str) -> str | None:
+    for pattern, replacement, inner in _MODULES:
+        match = re.match(pattern, name)
+        if match is None:
+            continue
+        groups = [int(g) for g in match.groups()]
+        prefix = replacement.replace("{1+1}", str(groups[1] + 1)) if "{1+1}" in replacement else replacement
+        rest = name[match.end() :]
+        for leaf, ours in inner:
+            if re.match(leaf, rest):
+                return prefix.format(*groups) + re.sub(leaf, ours, rest, count=1)
+    return None
+
+
+def _latent_branch_name(name: str, config: TokenizerConfig) -> str | None:
+    """`synthesis.z_convs.{i}.{stage}.{layer}.*`: a pixel-(un)shuffle takes a stage of its own where there is
+    one.
+    """
+    match = re.match(r"synthesis\.z_convs\.(\d+)\.(\d+)\.(\d+)\.(weight|bias)$", name)
+    if match is None:
+        return None
+    block, stage, layer, leaf = int(match[1]), int(match[2]), int(match[3]), match[4]
+    if block >= NUM_BLOCKS:
+        return None
+    shrink = 64 / config.downsample / 2**block
+    stages = {shrink > 1: (1, 2), shrink == 1: (0, 1), shrink < 1: (0, 2)}[True]
+    names = {
+        (stages[0], 0): "depthwise",
+        (stages[0], 1): "mix",
+        (stages[0], 2): "norm",
+        (stages[1], 0): "out",
+        (stages[1], 1): "out_norm",
+    }
+    part = names.get((stage, layer))
+    return None if part is None else f"decoder.blocks.{block}.latent.{part}.{leaf}"
+
+
+def _join_attention(state: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    """Separate query, key and value weights become one; the null key and value become two."""
+    for name in [k for k in state if k.endswith(".attn.to_q.weight")]:
+        published = name[: -len("to_q.weight")]
+        match = re.match(r"synthesis\.blocks\.(\d+)\.self_attns\.(\d+)\.attn\.$", published)
+        parts = [published + leaf for leaf in ("to_q.weight", "to_k.weight", "to_v.weight", "null_kv")]
+        if match is None or any(part not in state for part in parts):
+            continue  # the names stay in `state` and are reported as unknown
+        query, key, value, null = (state.pop(part) for part in parts)
+        prefix = f"decoder.blocks.{match[1]}.attention.{match[2]}."
+        ours[prefix + "qkv.weight"] = torch.cat([query, key, value])
+        ours[prefix + "null_key"], ours[prefix + "null_value"] = null[0], null[1]
+
+
+def _drop_constants(state: dict[str, Tensor]) -> None:
+    """Remove what our code computes itself, after checking that it is the same."""
+    for name in list(state):
+        if name.endswith(".zero_k_bias"):
+            if state[name].any():
+                raise ValueError(f"{name} is not zero; the published attention has no key bias")
+            del state[name]
+        elif name.endswith(".blur_weight"):
+            filters = state.pop(name)
+            size = filters.shape[-1]
+            line = {3: [1.0, 2, 1], 5: [1.0, 4, 6, 4, 1]}.get(size)
+            outer = None if line is None else torch.outer(torch.tensor(line), torch.tensor(line))
+            if outer is None or not torch.allclose(
+                filters.float(), (outer / outer.sum()).expand_as(filters), atol=1e-6
+            ):
+                raise ValueError(f"{name} is not the binomial blur of size 3 or 5 that the decoder applies")
+
+
+def _fit(name: str, tensor: Tensor, like: Tensor) -> Tensor:
+    """Drop the singleton axes of convolution weights; ValueError where the shapes differ otherwise."""
+    same = [s for s in tensor.shape if s != 1] == [s for s in like.shape if s != 1]
+    if not same:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} in the checkpoint, the arguments give"
+            f" {tuple(like.shape)}"
+        )
+    return tensor.reshape(like.shape).to(like.dtype)

@@ -1,0 +1,208 @@
+"""What the latent is: a diagonal Gaussian posterior, or codes of several codebooks.
+
+Shapes: B batch, z latent channels, h x w latent grid, K codebooks, V codes in each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vfmvae import ops
+from vfmvae.ops.posterior import LOGVAR_RANGE
+
+
+@dataclass(frozen=True)
+class BottleneckConfig:
+    """Gaussian or discrete latent. The fields after `kind` describe the discrete one."""
+
+    kind: Literal["gaussian", "discrete"] = "gaussian"
+    codebooks: int = 1
+    """Number of codebooks; the latent channels are cut into as many contiguous chunks."""
+    codes: int = 16384
+    """Codes in all codebooks together."""
+    beta: float = 0.25
+    """Weight of the commitment term: pulls the chunk to its code."""
+    entropy_temperature: float = 0.01
+    """Temperature of the soft assignments that the entropy loss looks at."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("gaussian", "discrete"):
+            raise ValueError(f"bottleneck.kind is {self.kind!r}; it must be 'gaussian' or 'discrete'")
+        if self.codebooks < 1 or self.codes % self.codebooks:
+            raise ValueError(f"{self.codes} codes cannot be divided over {self.codebooks} codebooks")
+
+
+class Posterior:
+    """Diagonal Gaussian over latents. `mean` and `logvar` (clamped to [-30, 20]) are [B, z, h, w]."""
+
+    def __init__(self, moments: Tensor, fused: ops.Fused = True) -> None:
+        """moments: [B, 2z, h, w], the means and then the log variances."""
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(*LOGVAR_RANGE)
+        self._fused = fused
+
+    @property
+    def moments(self) -> Tensor:
+        """[B, 2z, h, w]: mean and clamped log variance, as latent caches store them."""
+        return torch.cat([self.mean, self.logvar], dim=1)
+
+    @property
+    def std(self) -> Tensor:
+        return (0.5 * self.logvar).exp()
+
+    def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * noise, [B, z, h, w]; standard normal noise is drawn where none is given."""
+        return self.sample_with_kl(noise, generator)[0]
+
+    def sample_with_kl(
+        self, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A sample and `kl()`, computed together."""
+        if noise is None:
+            noise = torch.randn(
+                self.mean.shape, dtype=self.mean.dtype, device=self.mean.device, generator=generator
+            )
+        elif noise.shape != self.mean.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, needed is {tuple(self.mean.shape)}")
+        return ops.gaussian_posterior(self.mean, self.logvar, noise, fused=self._fused)
+
+    def mode(self) -> Tensor:
+        """The mean."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """0.5 * sum(mean^2 + var - 1 - logvar) of each sample, [B]."""
+        return ops.gaussian_posterior(self.mean, self.logvar, torch.zeros_like(self.mean), fused=self._fused)[
+            1
+        ]
+
+
+class DiscretePosterior:
+    """Quantised latents.
+
+    indices: [B, K, h, w] int64.  codes: [B, z, h, w], the chosen codes, unit length in each of the K chunks.
+    quantization_loss, entropy_loss: scalars, averaged over codebooks.
+    """
+
+    def __init__(
+        self, latents: Tensor, codes: Tensor, indices: Tensor, quantization_loss: Tensor, entropy_loss: Tensor
+    ) -> None:
+        self._latents = latents
+        self.codes = codes
+        self.indices = indices
+        self.quantization_loss = quantization_loss
+        self.entropy_loss = entropy_loss
+
+    def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """The codes with a straight-through gradient to the encoder's output; nothing is random here."""
+        return self._latents
+
+    def mode(self) -> Tensor:
+        """The same as `sample`."""
+        return self._latents
+
+
+class GaussianBottleneck(nn.Module):
+    """Moments -> Posterior."""
+
+    fused: ops.Fused = True
+
+    def forward(self, moments: Tensor) -> Posterior:
+        return Posterior(moments, self.fused)
+
+
+class DiscreteBottleneck(nn.Module):
+    """Match each chunk of the latent to the nearest of its codebook's unit-length codes."""
+
+    def __init__(self, config: BottleneckConfig, channels: int) -> None:
+        super().__init__()
+        if channels % config.codebooks:
+            raise ValueError(
+                f"{channels} latent channels cannot be cut into {config.codebooks} codebook chunks"
+            )
+        self.codebooks = nn.ModuleList(
+            Codebook(config.codes // config.codebooks, channels // config.codebooks, config)
+            for _ in range(config.codebooks)
+        )
+
+    def forward(self, latents: Tensor) -> DiscretePosterior:
+        """[B, z, h, w] -> codes, indices and losses; computed in float32."""
+        results = [
+            book(chunk)
+            for book, chunk in zip(self.codebooks, latents.chunk(len(self.codebooks), dim=1), strict=True)
+        ]
+        straight, codes, indices, quantization, entropy = zip(*results, strict=True)
+        return DiscretePosterior(
+            torch.cat(straight, dim=1),
+            torch.cat(codes, dim=1),
+            torch.stack(indices, dim=1),
+            torch.stack(quantization).mean(),
+            torch.stack(entropy).mean(),
+        )
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """indices [B, K, h, w] -> codes [B, z, h, w], ready to decode."""
+        if indices.ndim != 4 or indices.shape[1] != len(self.codebooks):
+            raise ValueError(
+                f"indices have shape {tuple(indices.shape)}, needed is [B, {len(self.codebooks)}, h, w]"
+            )
+        codes = [
+            book.unit_codes()[index] for book, index in zip(self.codebooks, indices.unbind(1), strict=True)
+        ]
+        return torch.cat(codes, dim=-1).permute(0, 3, 1, 2)
+
+
+class Codebook(nn.Module):
+    """One codebook: weight [V, c], matched by cosine; `usage` [V] is a decayed mean of the hits per batch."""
+
+    USAGE_DECAY = 0.99
+
+    def __init__(self, codes: int, width: int, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(codes, width), dim=1))
+        self.register_buffer("usage", torch.zeros(codes))
+        self.beta = config.beta
+        self.temperature = config.entropy_temperature
+
+    def unit_codes(self) -> Tensor:
+        return F.normalize(self.weight.float(), dim=-1)
+
+    def forward(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """[B, c, h, w] -> straight-through code map, code map, indices [B, h, w], quantisation and entropy
+        loss.
+        """
+        x = F.normalize(chunk.float().permute(0, 2, 3, 1), dim=-1)  # [B, h, w, c]
+        codes = self.unit_codes()
+        similarity = x @ codes.t()  # [B, h, w, V]
+        indices = similarity.detach().argmax(dim=-1)
+        chosen = codes[indices]  # [B, h, w, c]
+        quantization = self.beta * F.mse_loss(x, chosen.detach()) + F.mse_loss(chosen, x.detach())
+        entropy = self._entropy_loss(similarity)
+        if self.training:
+            self._track(indices)
+        straight = x + (chosen - x).detach()
+        return straight.permute(0, 3, 1, 2), chosen.permute(0, 3, 1, 2), indices, quantization, entropy
+
+    def _entropy_loss(self, similarity: Tensor) -> Tensor:
+        """Mean entropy of each assignment minus the entropy of the mean assignment: sure, yet using all
+        codes.
+        """
+        # |x - c|^2 = 2 - 2 x.c for unit vectors; the constant leaves a softmax unchanged.
+        logits = 2.0 * similarity.flatten(0, 2) / self.temperature
+        p, log_p = logits.softmax(dim=-1), logits.log_softmax(dim=-1)
+        per_sample = -(p * log_p).sum(dim=-1).mean()
+        mean = p.mean(dim=0)
+        return per_sample + (mean * (mean + 1e-7).log()).sum()
+
+    @torch.no_grad()
+    def _track(self, indices: Tensor) -> None:
+        hits = torch.bincount(indices.flatten(), minlength=self.usage.numel()).to(self.usage)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(hits)
+        self.usage.lerp_(hits, 1 - self.USAGE_DECAY)

@@ -1,0 +1,69 @@
+"""Style mapping: the pooled latent becomes one style vector that modulates every decoder layer.
+
+Equalised learning rate as in StyleGAN (arXiv 1812.04948): weights are stored with unit variance (divided by
+the learning-rate multiplier) and scaled by multiplier/sqrt(fan_in) when used.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class EqualizedLinear(nn.Module):
+    """Linear layer with weight * multiplier/sqrt(fan_in) and bias * multiplier; computed in the weight's
+    dtype.
+    """
+
+    def __init__(self, in_width: int, out_width: int, multiplier: float = 1.0, bias: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_width, in_width) / multiplier)
+        self.bias = nn.Parameter(torch.full((out_width,), bias / multiplier))
+        self.multiplier = multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * (self.multiplier * self.weight.shape[1] ** -0.5)
+        return F.linear(x.to(weight.dtype), weight, self.bias * self.multiplier)
+
+
+class StyleMapping(nn.Module):
+    """Decompressed latent map [B, C, h, w] -> style [B, D].
+
+    The map is averaged over positions (or over pooled x pooled cells, which are concatenated), scaled to unit
+    mean square and passed through two equalised layers with a leaky ReLU between. `average` [D] follows the
+    mean style in training, for truncation.
+    """
+
+    MULTIPLIER = 0.01
+    AVERAGE_BETA = 0.995
+
+    def __init__(self, in_channels: int, style_width: int, pooled: int = 1) -> None:
+        super().__init__()
+        width = in_channels * pooled**2
+        self.pooled = pooled
+        self.fc0 = EqualizedLinear(width, width, self.MULTIPLIER)
+        self.fc1 = EqualizedLinear(width, style_width, self.MULTIPLIER)
+        self.register_buffer("average", torch.zeros(style_width))
+
+    def forward(self, z_map: Tensor, truncation: float = 1.0) -> Tensor:
+        """`truncation` psi: 1 keeps the style, 0 replaces it by the average."""
+        x = F.adaptive_avg_pool2d(z_map.to(self.fc0.weight.dtype), self.pooled).flatten(1)
+        x = x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
+        style = self.fc1(F.leaky_relu(self.fc0(x), 0.2))  # [B, D]
+        if self.training:
+            with torch.no_grad():
+                self.average.lerp_(style.mean(dim=0).to(self.average.dtype), 1 - self.AVERAGE_BETA)
+        return style if truncation == 1.0 else self.average.lerp(style, truncation)
+
+
+class StyleSplit(nn.Module):
+    """Style [B, D] -> per-channel scale [B, C]: m1 * m2 + m3 with (m1, m2, m3) linear in the style."""
+
+    def __init__(self, style_width: int, channels: int) -> None:
+        super().__init__()
+        self.linear = EqualizedLinear(style_width, 3 * channels, bias=1.0)
+
+    def forward(self, style: Tensor) -> Tensor:
+        m1, m2, m3 = self.linear(style).chunk(3, dim=1)
+        return m1 * m2 + m3
