@@ -1,0 +1,1 @@
+"""Measures of what a tokenizer or a generator produces."""

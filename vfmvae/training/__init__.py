@@ -1,0 +1,1 @@
+"""Training without a model in it: checkpoints, logging, learning-rate schedules."""
