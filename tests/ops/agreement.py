@@ -13,7 +13,7 @@ Result = Tensor | tuple[Tensor, ...]
 def assert_agrees(
     function: Callable[..., Result], inputs: Sequence[Tensor], fused: bool | str = True, limit: float = 1e-5
 ) -> None:
-    """`function(*inputs, fused=...)`: `fused` in float32 against False in float64, and the same for gradients.
+    """`function(*inputs, fused=...)`: `fused` in float32 against False in float64, gradients likewise.
 
     `limit` is the largest relative error ||a - b|| / ||b|| of each result and each gradient.
     """

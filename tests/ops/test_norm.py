@@ -33,6 +33,12 @@ def test_a_large_mean_does_not_hide_the_variance() -> None:
     assert_agrees(lambda x, fused: ops.group_norm(x, 2, torch.ones(8), torch.zeros(8), fused=fused), [x])
 
 
+def test_a_group_of_one_value_becomes_the_bias() -> None:
+    for fused in (True, False):
+        y = ops.group_norm(torch.randn(1, 4, 1, 1), 4, torch.ones(4), torch.arange(4.0), fused=fused)
+        torch.testing.assert_close(y.flatten(), torch.arange(4.0), atol=1e-4, rtol=0)
+
+
 def test_statistics_of_half_precision_are_float32() -> None:
     # A mean of 100 with unit spread: 16-bit sums would lose the spread.
     x = 100 + torch.randn(1, 4, 64, 64)

@@ -9,6 +9,8 @@ transposed map, which is an operation too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,17 +118,17 @@ def _upsample_blur_adjoint_fake(grad: Tensor, kernel_size: int, upscale: int) ->
     return _empty_channels_last(shape, grad)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.kernel_size, ctx.upscale = inputs[-2:]
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor) -> tuple:
     needs_x, needs_residual = ctx.needs_input_grad[:2]
     grad_x = _upsample_blur_adjoint(grad, ctx.kernel_size, ctx.upscale) if needs_x else None
     return grad_x, grad if needs_residual else None, None, None
 
 
-def _adjoint_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple:
+def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple:
     return _upsample_blur(grad, None, ctx.kernel_size, ctx.upscale), None, None
 
 

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vfmvae.tokenizer.bottleneck import BottleneckConfig, DiscreteBottleneck, Posterior
+
+
+def test_posterior_samples_with_noise_generator_or_mode() -> None:
+    posterior = Posterior(torch.randn(2, 6, 4, 4))
+    noise = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(posterior.sample(noise), posterior.mean + posterior.std * noise)
+    drawn = [posterior.sample(generator=torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(*drawn)
+    assert torch.equal(posterior.mode(), posterior.mean)
+    assert torch.equal(posterior.moments[:, :3], posterior.mean)
+    var = posterior.logvar.exp()
+    expected = 0.5 * (posterior.mean**2 + var - 1 - posterior.logvar).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(posterior.kl(), expected)
+    with pytest.raises(ValueError, match="noise has shape"):
+        posterior.sample(noise[:1])
+
+
+def discrete(beta: float = 0.25) -> DiscreteBottleneck:
+    return DiscreteBottleneck(BottleneckConfig("discrete", codebooks=2, codes=10, beta=beta), channels=6)
+
+
+def test_codes_are_the_nearest_on_the_sphere() -> None:
+    bottleneck, x = discrete(), torch.randn(2, 6, 3, 2)
+    posterior = bottleneck(x)
+    assert posterior.indices.shape == (2, 2, 3, 2)
+    for book in range(2):
+        chunk = F.normalize(x[:, 3 * book : 3 * book + 3], dim=1)
+        codes = F.normalize(bottleneck.codebooks[book].weight, dim=1)
+        distance = (chunk[:, None] - codes[None, :, :, None, None]).norm(dim=2)  # [B, V, h, w]
+        assert torch.equal(posterior.indices[:, book], distance.argmin(dim=1))
+        chosen = codes[posterior.indices[:, book]].permute(0, 3, 1, 2)
+        torch.testing.assert_close(posterior.codes[:, 3 * book : 3 * book + 3], chosen)
+    torch.testing.assert_close(posterior.sample(), posterior.codes)
+    torch.testing.assert_close(bottleneck.lookup(posterior.indices), posterior.codes)
+
+
+def test_gradient_goes_straight_through_to_the_normalised_chunk() -> None:
+    bottleneck = discrete()
+    x = torch.randn(1, 6, 2, 2, requires_grad=True)
+    weight = torch.randn(1, 6, 2, 2)
+    (bottleneck(x).sample() * weight).sum().backward()
+    y = x.detach().clone().requires_grad_()
+    normalised = torch.cat([F.normalize(c, dim=1) for c in y.chunk(2, dim=1)], dim=1)
+    (normalised * weight).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    assert bottleneck.codebooks[0].weight.grad is None
+
+
+def test_losses_are_the_formula() -> None:
+    bottleneck, x = discrete(beta=0.3), torch.randn(2, 6, 3, 2)
+    posterior = bottleneck(x)
+    quantization = entropy = 0.0
+    for book in range(2):
+        chunk = F.normalize(x[:, 3 * book : 3 * book + 3], dim=1)
+        codes = F.normalize(bottleneck.codebooks[book].weight, dim=1)
+        error = (chunk - posterior.codes[:, 3 * book : 3 * book + 3]).square().mean()
+        quantization += (0.3 + 1.0) * error / 2
+        vectors = chunk.permute(0, 2, 3, 1).reshape(-1, 3)
+        p = (-torch.cdist(vectors, codes).square() / 0.01).softmax(dim=1)
+        mean = p.mean(dim=0)
+        each = -(p * p.clamp_min(1e-30).log()).sum(dim=1).mean()
+        entropy += (each + (mean * (mean + 1e-7).log()).sum()) / 2
+    torch.testing.assert_close(posterior.quantization_loss, quantization)
+    torch.testing.assert_close(posterior.entropy_loss, entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_usage_counts_hits_in_training_only() -> None:
+    bottleneck, x = discrete(), torch.randn(4, 6, 4, 4)
+    posterior = bottleneck.train()(x)
+    hits = torch.bincount(posterior.indices[:, 0].flatten(), minlength=5)
+    torch.testing.assert_close(bottleneck.codebooks[0].usage, 0.01 * hits)
+    bottleneck.eval()(x)
+    torch.testing.assert_close(bottleneck.codebooks[0].usage, 0.01 * hits)
+
+
+def test_uniform_assignments_have_the_lowest_entropy_loss() -> None:
+    bottleneck = DiscreteBottleneck(BottleneckConfig("discrete", codes=4), channels=4)
+    bottleneck.codebooks[0].weight.data = torch.eye(4)
+    spread = torch.eye(4).t().reshape(1, 4, 2, 2)
+    assert bottleneck(spread).entropy_loss.item() == pytest.approx(-math.log(4), abs=1e-4)
+    same = torch.eye(4)[:, :1].reshape(1, 4, 1, 1).expand(1, 4, 2, 2)
+    assert bottleneck(same).entropy_loss.item() == pytest.approx(0.0, abs=1e-4)
+
+
+def test_bad_values_are_named() -> None:
+    with pytest.raises(ValueError, match="bottleneck.kind is 'vq'"):
+        BottleneckConfig("vq")
+    with pytest.raises(ValueError, match="10 codes cannot be divided over 3 codebooks"):
+        BottleneckConfig("discrete", codebooks=3, codes=10)
+    with pytest.raises(ValueError, match="7 latent channels cannot be cut into 2"):
+        DiscreteBottleneck(BottleneckConfig("discrete", codebooks=2), channels=7)
+    with pytest.raises(ValueError, match="indices have shape"):
+        discrete().lookup(torch.zeros(1, 3, 2, 2, dtype=torch.int64))

@@ -1,0 +1,70 @@
+"""Photographs as files hold them -> square uint8 crops.
+
+Cropping and resampling happen on PIL images, before any tensor exists. The published VFM-VAE augmentation is
+a random square of 0.5 to 1 times the short side, a Lanczos resize and a mirror image half of the time
+(arXiv 2510.18457). The way from uint8 to the model's [-1, 1] is `vfmvae.images.to_unit`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageOps
+
+CROP_SCALE = (0.5, 1.0)  # side of the training crop as a share of the short side
+TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+COLOUR_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any photograph as 8-bit RGB, upright.
+
+    The EXIF orientation is applied. Grey values are repeated, palettes are looked up, CMYK goes through
+    Pillow's conversion, 16-bit grey is scaled to 8 bits (rounded), transparent pixels lie over white. Raises
+    ValueError for modes whose range is not known (float, LAB, integers beyond 16 bits).
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode in SIXTEEN_BIT_MODES:
+        return _sixteen_bit_as_rgb(image)
+    if image.mode in TRANSPARENT_MODES or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    if image.mode not in COLOUR_MODES:
+        raise ValueError(
+            f"images of mode {image.mode!r} have no agreed range; convert them to 8-bit RGB first"
+        )
+    return image.convert("RGB")
+
+
+def _sixteen_bit_as_rgb(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(
+            f"values {values.min()} to {values.max()} are beyond 16 bits; convert it to 8-bit RGB first"
+        )
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
+def centre_crop(image: Image.Image, resolution: int) -> np.ndarray:
+    """The largest centred square of an RGB image, Lanczos-resized: uint8 [resolution, resolution, 3]."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return _resized_square(image, left, top, side, resolution)
+
+
+def random_crop(image: Image.Image, resolution: int, rng: np.random.Generator) -> np.ndarray:
+    """A random square of an RGB image, mirrored half of the time: uint8 [resolution, resolution, 3].
+
+    The side is uniform in 0.5 to 1 times the short side, the place uniform among those inside the image.
+    """
+    side = min(image.size) * rng.uniform(*CROP_SCALE)
+    left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
+    crop = _resized_square(image, left, top, side, resolution)
+    return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+
+def _resized_square(image: Image.Image, left: float, top: float, side: float, resolution: int) -> np.ndarray:
+    box = (left, top, min(left + side, image.width), min(top + side, image.height))
+    return np.asarray(image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box))
