@@ -81,11 +81,12 @@ def run(command: list[str]) -> None:
 
 
 def first_error(output: str) -> str:
-    """The first line that speaks of an error; CMake puts the message below "CMake Error at FILE:"."""
+    """The first line that speaks of an error, or the one below it if that is "CMake Error at FILE (...):"."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     start = next((i for i, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - 1))
-    length = 2 if lines and lines[start].endswith(":") else 1
-    return " ".join(lines[start : start + length])
+    if lines[start:] and lines[start].startswith("CMake Error at"):
+        start = min(start + 1, len(lines) - 1)
+    return " ".join(lines[start : start + 1])
 
 
 class BuildWithCMake(build_ext):

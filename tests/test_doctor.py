@@ -1,0 +1,82 @@
+"""The doctor's table with packages present, absent and broken; each case is an interpreter of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, run_python
+
+# Hides modules as if they were not installed. Python runs a file of this name when it starts.
+SITECUSTOMIZE = """
+import os
+from importlib.machinery import PathFinder
+
+hidden = os.environ["HIDDEN_MODULES"].split(",")
+find_spec = PathFinder.find_spec
+PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None: None if name in hidden else find_spec(name, path, target)
+)
+"""
+
+
+@pytest.fixture
+def doctor(tmp_path: Path):
+    """Runs the doctor with the given modules hidden and the given fake packages (name -> source) in front."""
+
+    def run(hidden: tuple[str, ...] = ("none",), fakes: dict[str, str] | None = None) -> dict[str, str]:
+        (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        for name, source in (fakes or {}).items():
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "__init__.py").write_text(source)
+        environment = {
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+            "HIDDEN_MODULES": ",".join(hidden),
+            "COLUMNS": "250",
+        }
+        output = run_python("-m", "vfmvae.doctor", cwd=tmp_path, env=environment)
+        rows = [line.strip("│ ").split("│") for line in output.splitlines() if line.startswith("│")]
+        table = {row[0].strip(): " | ".join(cell.strip() for cell in row[1:]) for row in rows}
+        return {"head": output.split("accelerated parts")[0], **table}
+
+    return run
+
+
+def test_every_part_has_a_row_and_the_machine_is_described(doctor) -> None:
+    report = doctor()
+    parts = {"Triton", "vfmvae._C (CPU)", "vfmvae._C (CUDA)", "flash-attn", "xformers", "apex", "DALI"}
+    assert parts | {"cuDNN attention", "head"} == set(report)
+    for word in ("vfmvae 0.", "Python 3.", "torch 2.", "GPU", "vfmvae._C: "):
+        assert word in report["head"], report["head"]
+
+
+def test_absent_parts_name_what_is_used_instead(doctor) -> None:
+    report = doctor(hidden=("triton", "vfmvae._C", "flash_attn", "xformers", "apex", "nvidia.dali"))
+    assert report["Triton"].startswith("no |") and "plain PyTorch" in report["Triton"]
+    assert report["vfmvae._C (CPU)"].startswith("no |") and "plain PyTorch" in report["vfmvae._C (CPU)"]
+    assert report["vfmvae._C (CUDA)"].startswith("no |")
+    assert "PyTorch's attention" in report["flash-attn"] and "PyTorch's attention" in report["xformers"]
+    assert "torch.optim" in report["apex"] and "Pillow" in report["DALI"]
+
+
+def test_present_broken_and_crashing_packages(doctor) -> None:
+    report = doctor(
+        fakes={
+            "flash_attn": 'raise OSError("libcudart.so.99: no such file\\nsecond line")',
+            "xformers": '__version__ = "9.8.7"',
+            "apex": "import os; os.abort()",
+            "triton": "print('hello'); raise SystemExit(3)",
+        }
+    )
+    assert report["xformers"].startswith("yes | 9.8.7")
+    assert "broken" in report["flash-attn"]
+    assert "OSError: libcudart.so.99: no such file; PyTorch's attention" in report["flash-attn"]
+    assert "second line" not in report["flash-attn"]
+    assert "broken" in report["apex"] and "signal 6" in report["apex"]
+    assert "broken" in report["Triton"] and "exit code 3" in report["Triton"]
+
+
+def test_another_package_of_the_same_name_is_not_taken_for_the_part(doctor) -> None:
+    assert doctor(fakes={"apex": ""})["apex"].startswith("no |")
