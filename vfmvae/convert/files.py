@@ -44,9 +44,7 @@ def read_generator(path: Path) -> dict[str, Tensor]:
 
 
 def read_arguments(path: Path) -> dict[str, Any]:
-    """The generator's arguments from a published YAML or a JSON; a `G_kwargs` section is taken where there is
-    one.
-    """
+    """The generator's arguments from a published YAML or a JSON, with or without a `G_kwargs` section."""
     if path.suffix.lower() not in (".yaml", ".yml"):
         arguments = read_json(path)
     else:

@@ -36,7 +36,7 @@ _CONVNEXT = [
     (r"dwconv\.", "depthwise."),
     (r"norm\.", "norm."),
     (r"pwconv1\.", "expand_"),
-    (r"pwconv2\.", "contract."),
+    (r"pwconv2\.", "contract_"),
     (r"gamma$", "gamma"),
     (r"noise_const$", "noise"),
     (r"noise_strength$", "noise_strength"),
@@ -154,9 +154,7 @@ def _translate(name: str) -> str | None:
 
 
 def _latent_branch_name(name: str, config: TokenizerConfig) -> str | None:
-    """`synthesis.z_convs.{i}.{stage}.{layer}.*`: a pixel-(un)shuffle takes a stage of its own where there is
-    one.
-    """
+    """`synthesis.z_convs.{i}.{stage}.{layer}.*`: a pixel-(un)shuffle takes a stage of its own."""
     match = re.match(r"synthesis\.z_convs\.(\d+)\.(\d+)\.(\d+)\.(weight|bias)$", name)
     if match is None:
         return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from vfmvae.encoders import ENCODERS, EncoderConfig, ViTConfig
+from vfmvae.ops import Activation
 from vfmvae.tokenizer import (
     AlignmentConfig,
     BottleneckConfig,
@@ -14,6 +15,9 @@ from vfmvae.tokenizer import (
     TokenizerConfig,
 )
 from vfmvae.tokenizer.decoder import NUM_BLOCKS
+from vfmvae.tokenizer.fusion import Projection
+
+T = TypeVar("T")
 
 # Arguments that change nothing in the numbers of the network, or belong to training.
 IGNORED = {
@@ -40,8 +44,8 @@ FIXED: dict[str, Any] = {
     "use_cross_attn": False,
     "use_multiscale_output": True,
 }
-PROJECTIONS = {"attnproj": "attention", "conv": "conv"}
-ACTIVATIONS = {"lrelu": "leaky_relu", "gelu": "gelu", "silu": "silu"}
+PROJECTIONS: dict[str, Projection] = {"attnproj": "attention", "conv": "conv"}
+ACTIVATIONS: dict[str, Activation] = {"lrelu": "leaky_relu", "gelu": "gelu", "silu": "silu"}
 # Families by the model type of a Hugging Face vision config, as any member of the family in our table.
 FAMILIES = {
     "siglip_vision_model": "siglip2-large-patch16-512",
@@ -65,7 +69,7 @@ class Arguments:
         value = self._values.get(name)
         return default if value is None else value
 
-    def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
+    def choice(self, name: str, choices: Mapping[str, T], default: str) -> T:
         value = self(name, default)
         if value not in choices:
             raise ValueError(f"argument {name} is {value!r}; supported are {', '.join(choices)}")

@@ -172,6 +172,6 @@ def _tower(vit: ViTConfig) -> Any:
         window_size=_WINDOW_PX,
         spatial_merge_size=_MERGE,
     )
-    tower = Qwen2_5_VisionTransformerPretrainedModel(config)
+    tower: Any = Qwen2_5_VisionTransformerPretrainedModel(config)
     tower.merger.mlp = nn.Identity()
     return tower

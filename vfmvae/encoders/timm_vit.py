@@ -71,7 +71,7 @@ class TimmEncoder(FrozenEncoder):
         self, config: EncoderConfig, family: TimmFamily, model: str, vit: ViTConfig | None = None
     ) -> None:
         """`model`: timm's name, with or without a tag of weights. `vit`: dimensions that replace its own."""
-        trunk = timm.create_model(model, pretrained=False, num_classes=0, **_model_arguments(family, vit))
+        trunk: Any = timm.create_model(model, pretrained=False, num_classes=0, **_model_arguments(family, vit))
         patch_size = trunk.patch_embed.patch_size[0]
         super().__init__(
             config,
@@ -149,9 +149,9 @@ class TimmEncoder(FrozenEncoder):
         return x[:, 0] if self.family.pooling == "class" else x.mean(dim=1)
 
 
-def _model_arguments(family: TimmFamily, vit: ViTConfig | None) -> dict[str, object]:
+def _model_arguments(family: TimmFamily, vit: ViTConfig | None) -> dict[str, Any]:
     """What differs from timm's own definition of the model."""
-    arguments: dict[str, object] = {"dynamic_img_size": True}  # rotary embedding for any grid
+    arguments: dict[str, Any] = {"dynamic_img_size": True}  # rotary embedding for any grid
     if family.pooling == "attention":
         arguments["global_pool"] = "map"
     elif family.pooling == "class":

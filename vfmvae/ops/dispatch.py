@@ -56,7 +56,7 @@ class Op:
             return self.reference
         if isinstance(fused, str):
             return self._by_name(fused, *args)
-        refused = []
+        refused: list[str] = []
         for implementation in self.implementations:
             objection = implementation.why_not(*args)
             if objection is None:

@@ -6,7 +6,7 @@ Shapes: B batch, z latent channels, h x w latent grid, K codebooks, V codes in e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -152,9 +152,8 @@ class DiscreteBottleneck(nn.Module):
             raise ValueError(
                 f"indices have shape {tuple(indices.shape)}, needed is [B, {len(self.codebooks)}, h, w]"
             )
-        codes = [
-            book.unit_codes()[index] for book, index in zip(self.codebooks, indices.unbind(1), strict=True)
-        ]
+        books: Any = self.codebooks
+        codes = [book.unit_codes()[index] for book, index in zip(books, indices.unbind(1), strict=True)]
         return torch.cat(codes, dim=-1).permute(0, 3, 1, 2)
 
 
@@ -162,6 +161,7 @@ class Codebook(nn.Module):
     """One codebook: weight [V, c], matched by cosine; `usage` [V] is a decayed mean of the hits per batch."""
 
     USAGE_DECAY = 0.99
+    usage: Tensor
 
     def __init__(self, codes: int, width: int, config: BottleneckConfig) -> None:
         super().__init__()
@@ -171,13 +171,13 @@ class Codebook(nn.Module):
         self.temperature = config.entropy_temperature
 
     def unit_codes(self) -> Tensor:
-        return F.normalize(self.weight.float(), dim=-1)
+        """The codes scaled to unit length, [V, c] in float32 (float64 for float64 weights)."""
+        return F.normalize(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)), dim=-1)
 
     def forward(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """[B, c, h, w] -> straight-through code map, code map, indices [B, h, w], quantisation and entropy
-        loss.
-        """
-        x = F.normalize(chunk.float().permute(0, 2, 3, 1), dim=-1)  # [B, h, w, c]
+        """[B, c, h, w] -> straight-through code map, code map, indices [B, h, w], and the two losses."""
+        wide = torch.promote_types(chunk.dtype, torch.float32)
+        x = F.normalize(chunk.to(wide).permute(0, 2, 3, 1), dim=-1)  # [B, h, w, c]
         codes = self.unit_codes()
         similarity = x @ codes.t()  # [B, h, w, V]
         indices = similarity.detach().argmax(dim=-1)
@@ -190,9 +190,7 @@ class Codebook(nn.Module):
         return straight.permute(0, 3, 1, 2), chosen.permute(0, 3, 1, 2), indices, quantization, entropy
 
     def _entropy_loss(self, similarity: Tensor) -> Tensor:
-        """Mean entropy of each assignment minus the entropy of the mean assignment: sure, yet using all
-        codes.
-        """
+        """Mean entropy of each assignment minus that of the mean assignment: sure, yet using all codes."""
         # |x - c|^2 = 2 - 2 x.c for unit vectors; the constant leaves a softmax unchanged.
         logits = 2.0 * similarity.flatten(0, 2) / self.temperature
         p, log_p = logits.softmax(dim=-1), logits.log_softmax(dim=-1)

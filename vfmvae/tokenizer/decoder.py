@@ -7,6 +7,7 @@ an image, and a running sum of feature maps (the "skip" path) links them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,11 +136,11 @@ class Decoder(nn.Module):
         )
 
     def forward(self, z_map: Tensor, style: Tensor, multiscale: bool = True) -> list[Tensor]:
-        """Images [B, 3, H, W] in float32, not clamped: full size, then (if `multiscale`) half, quarter, ...
-        1/32.
-        """
-        x = skip = None
+        """Images [B, 3, H, W] in float32, not clamped: full size and, if `multiscale`, 1/2, 1/4, ... 1/32."""
+        x: Tensor | None = None
+        skip: Tensor | None = None
         images = []
+        block: Any
         for block in self.blocks:
             x, skip = block(x, skip, z_map, style)
             if multiscale or block is self.blocks[-1]:

@@ -72,9 +72,7 @@ def feature_groups(channels: int) -> int:
 
 
 class LatentBranch(nn.Module):
-    """Brings the latent map [B, Z, h, w] to a block's input size: [B, C, h/s, w/s], s = `shrink` (below 1:
-    grow).
-    """
+    """Brings the latent map [B, Z, h, w] to a block's input size [B, C, h/s, w/s] with s = `shrink`."""
 
     def __init__(self, z_channels: int, channels: int, shrink: float, activation: ops.Activation) -> None:
         super().__init__()
@@ -120,15 +118,15 @@ class Upsample(nn.Module):
 
 
 class ConvNeXtLayer(nn.Module):
-    """x + gamma * W2 gelu(modulated W1 (norm(depthwise(x)))); `noise_size` adds a legacy checkpoint's noise
-    map.
-    """
+    """x + gamma * W2 gelu(modulated W1 (norm(depthwise(x)))), with the noise map of legacy checkpoints."""
 
     fused: ops.Fused = True
+    noise: Tensor
 
     def __init__(
         self, channels: int, kernel_size: int, style_width: int, noise_size: int | None = None
     ) -> None:
+        """`noise_size`: side of the fixed noise map, or None for no noise."""
         super().__init__()
         self.style = StyleSplit(style_width, channels)
         self.depthwise = Depthwise(channels, kernel_size, bias=True)
@@ -136,7 +134,8 @@ class ConvNeXtLayer(nn.Module):
         # Demodulation removes the scale of this weight, so unit variance serves.
         self.expand_weight = nn.Parameter(torch.randn(4 * channels, channels))
         self.expand_bias = nn.Parameter(torch.zeros(4 * channels))
-        self.contract = Pointwise(4 * channels, channels, bias=True)
+        self.contract_weight = nn.Parameter(_uniform((channels, 4 * channels), 4 * channels))
+        self.contract_bias = nn.Parameter(_uniform((channels,), 4 * channels))
         self.gamma = nn.Parameter(torch.full((channels,), 1e-5))
         self.has_noise = noise_size is not None
         if noise_size is not None:
@@ -151,8 +150,8 @@ class ConvNeXtLayer(nn.Module):
             self.style(style),
             self.expand_weight,
             self.expand_bias,
-            self.contract.weight,
-            self.contract.bias,
+            self.contract_weight,
+            self.contract_bias,
             self.gamma,
             fused=self.fused,
         )
@@ -165,9 +164,7 @@ class ConvNeXtLayer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """x + attention(rms(x)), then x + feed-forward(rms(x)); 8 heads and a learned null key and value per
-    head.
-    """
+    """x + attention(rms(x)), then x + mlp(rms(x)); 8 heads, each with a learned null key and value."""
 
     HEADS = 8
     fused: ops.Fused = True

@@ -74,7 +74,7 @@ class DiffusersAutoencoder(nn.Module):
         return DecoderOutput(image) if return_dict else (image,)
 
     def forward(self, x: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        return self.decode(self.encode(x).latent_dist.mode(), return_dict)
+        return self.decode(self.tokenizer.encode(x).mode(), return_dict)
 
 
 def diffusers_autoencoder(tokenizer: Tokenizer) -> DiffusersAutoencoder:

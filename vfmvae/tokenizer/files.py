@@ -23,9 +23,7 @@ MODEL_FILE = "model.safetensors"
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write both files under temporary names, then rename them. OSError (full disk, read-only) leaves the old
-    files.
-    """
+    """Write both files, or raise OSError (full disk, read-only) and leave what was there."""
     with replacing(path / MODEL_FILE, path / CONFIG_FILE) as (model, config):
         write_model(tokenizer, model)
         config.write_text(to_json(tokenizer.config), encoding="utf-8")
@@ -40,8 +38,7 @@ def write_model(tokenizer: Tokenizer, path: Path) -> None:
 def load(
     path_or_hub_id: str | Path, device: str | torch.device = "cpu", fused: ops.Fused = True
 ) -> Tokenizer:
-    """Load a tokenizer from a folder (written by `Tokenizer.save`, or a training run) or from the Hugging
-    Face hub.
+    """Load a tokenizer from a folder (a saved one, or a training run) or from the Hugging Face hub.
 
     Returns it on `device`, in eval mode. Raises ValueError where something is missing, damaged or does not
     fit.

@@ -46,9 +46,7 @@ class FusionConfig:
 
 
 class FusionAttention(nn.Module):
-    """Self-attention that also changes the width: heads are averaged on the way down, concatenated on the way
-    up.
-    """
+    """Self-attention that changes the width: heads are averaged downwards, concatenated upwards."""
 
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__()
@@ -145,7 +143,11 @@ class LatentProjection(nn.Module):
     @property
     def last_weight(self) -> Tensor:
         """The weight that the output is computed with; where gradient norms are compared."""
-        return self.linear.weight if self.kind == "conv" else self.blocks[-1].mlp.out.weight
+        if self.kind == "conv":
+            return self.linear.weight
+        block = self.blocks[-1]
+        assert isinstance(block, AttentionProjection)
+        return block.mlp.out.weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "conv":

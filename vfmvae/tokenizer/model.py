@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +140,7 @@ class Tokenizer(nn.Module):
     @fused.setter
     def fused(self, value: ops.Fused) -> None:
         self._fused = value
+        module: Any
         for module in self.modules():
             if module is not self and "fused" in type(module).__dict__:
                 module.fused = value
@@ -161,8 +162,7 @@ class Tokenizer(nn.Module):
         return self
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Patch tokens of each encoder layer in `config.encoder.layers`, [B, N, C] float32, without
-        gradients.
+        """Patch tokens of each layer in `config.encoder.layers`, [B, N, C] float32, without gradients.
 
         Raises ValueError for images of a wrong shape, range or size, or with NaN.
         """
@@ -176,6 +176,16 @@ class Tokenizer(nn.Module):
         """`features` of an image -> posterior over latents of size (h, w)."""
         moments = self.fusion([tokens.to(self.dtype) for tokens in features], latent_size)
         return self.bottleneck(moments.float() if self.compute_dtype else moments)
+
+    @overload
+    def decode(
+        self, latents: Tensor, return_multiscale: Literal[False] = False, truncation: float = 1.0
+    ) -> Tensor: ...
+
+    @overload
+    def decode(
+        self, latents: Tensor, return_multiscale: Literal[True], truncation: float = 1.0
+    ) -> tuple[Tensor, list[Tensor]]: ...
 
     def decode(
         self, latents: Tensor, return_multiscale: bool = False, truncation: float = 1.0

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 
 class EqualizedLinear(nn.Module):
-    """Linear layer with weight * multiplier/sqrt(fan_in) and bias * multiplier; computed in the weight's
-    dtype.
-    """
+    """Linear with weight * multiplier/sqrt(fan_in) and bias * multiplier, in the dtype of the weight."""
 
     def __init__(self, in_width: int, out_width: int, multiplier: float = 1.0, bias: float = 0.0) -> None:
         super().__init__()
@@ -37,6 +35,7 @@ class StyleMapping(nn.Module):
 
     MULTIPLIER = 0.01
     AVERAGE_BETA = 0.995
+    average: Tensor
 
     def __init__(self, in_channels: int, style_width: int, pooled: int = 1) -> None:
         super().__init__()
