@@ -291,7 +291,7 @@ def linear_probe(model: VisionTransformer, train_crops: int = 2048, seed: int = 
     x, u = (x - mean) / scale, (u - mean) / scale
     one_hot = F.one_hot(y, len(train.classes)).double()
     one_hot_mean = one_hot.mean(dim=0)
-    ridge = 1e-3 * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    ridge = 1e-4 * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
     weight = torch.linalg.solve(x.t() @ x + ridge, x.t() @ (one_hot - one_hot_mean))
     return ((u @ weight + one_hot_mean).argmax(dim=1) == v).double().mean().item()
 

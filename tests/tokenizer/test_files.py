@@ -110,7 +110,7 @@ def test_unknown_fields_are_named_with_the_valid_ones(saved: tuple[Tokenizer, Pa
     config["decoder"]["chanel_base"] = 1
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match="decoder: unknown field 'chanel_base'; valid fields: channel_base, "
+        ValueError, match="unknown field 'chanel_base' in decoder; valid fields: channel_base, "
     ):
         vfmvae.load(path)
 

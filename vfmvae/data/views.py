@@ -35,9 +35,9 @@ class Views(NamedTuple):
 def draw_views(places: Tensor, resolution: int, generator: torch.Generator) -> Views:
     """A random square of 0.5 to 1 times the side, mirrored half of the time, with random colours and blur.
 
-    places: float [B, 3, P, P] in [-1, 1]; P should be at most twice `resolution`, because the bilinear sampling
-    does not average beyond that. Two views of a place always meet. Random numbers come from the CPU generator
-    on every device.
+    places: float [B, 3, P, P] in [-1, 1]; P should be at most twice `resolution`, because the bilinear
+    sampling does not average beyond that. Two views of a place always meet. Random numbers come from the CPU
+    generator on every device.
     """
     batch, device = places.shape[0], places.device
     half = 0.5 * 2 ** torch.rand(batch, 1, generator=generator)

@@ -1,0 +1,110 @@
+"""Files of every kind become the RGB pixels they show, and crops come from where they should."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vfmvae.data.transforms import as_rgb, centre_crop, random_crop
+
+
+def ramp(width: int, height: int) -> Image.Image:
+    """Red grows by 1 per pixel to the right, green by 1 per pixel downwards."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x, y, np.zeros_like(x)], axis=2).astype(np.uint8))
+
+
+def pixel(image: Image.Image) -> tuple[int, ...]:
+    assert image.mode == "RGB"
+    return tuple(int(value) for value in np.asarray(image)[0, 0])
+
+
+def test_rgb_is_left_as_it_is() -> None:
+    assert np.array_equal(as_rgb(ramp(5, 4)), ramp(5, 4))
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("L", 7, (7, 7, 7)),
+        ("1", 1, (255, 255, 255)),
+        ("RGBA", (200, 100, 0, 255), (200, 100, 0)),
+        ("RGBA", (200, 100, 0, 0), (255, 255, 255)),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),  # a fifth of black over white
+        ("LA", (0, 0), (255, 255, 255)),
+        ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+    ],
+)
+def test_modes(mode: str, colour: int | tuple[int, ...], expected: tuple[int, ...]) -> None:
+    assert pixel(as_rgb(Image.new(mode, (2, 2), colour))) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0, 0), (65535, 255), (257 * 100, 100), (257 * 100 + 129, 101)]
+)
+def test_sixteen_bit_png_keeps_its_grey(value: int, expected: int) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((2, 2), value, np.uint16)).save(file, "png")
+    assert pixel(as_rgb(Image.open(file))) == (expected,) * 3
+
+
+def test_palette_with_a_transparent_entry() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    file = io.BytesIO()
+    image.save(file, "png", transparency=1)
+    rgb = np.asarray(as_rgb(Image.open(file)))
+    assert rgb[0].tolist() == [[10, 20, 30], [255, 255, 255]]
+
+
+def test_exif_orientation_is_applied() -> None:
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated clockwise
+    ramp(6, 4).save(file, "png", exif=exif)
+    assert np.array_equal(as_rgb(Image.open(file)), np.rot90(np.asarray(ramp(6, 4)), k=-1))
+
+
+@pytest.mark.parametrize("image", [Image.new("F", (2, 2)), Image.new("LAB", (2, 2))])
+def test_unknown_ranges_are_refused(image: Image.Image) -> None:
+    with pytest.raises(ValueError, match=f"mode '{image.mode}'"):
+        as_rgb(image)
+
+
+def test_integers_beyond_sixteen_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match="70000"):
+        as_rgb(Image.fromarray(np.full((2, 2), 70000, np.int32)))
+
+
+def test_centre_crop_takes_the_middle() -> None:
+    crop = centre_crop(ramp(40, 20), 20)
+    assert crop.shape == (20, 20, 3) and crop.dtype == np.uint8
+    assert np.array_equal(crop, np.asarray(ramp(40, 20))[:, 10:30])
+
+
+def test_random_crops_follow_the_published_augmentation() -> None:
+    """On a ramp, the slope tells the side, the middle tells the place, and the sign tells the mirroring."""
+    width, height, resolution = 240, 120, 30
+    image, rng = ramp(width, height), np.random.default_rng(0)
+    crops = np.stack([random_crop(image, resolution, rng) for _ in range(600)]).astype(float)
+    inner = crops[:, 5:-5, 5:-5]  # away from Lanczos at the border
+    across = (inner[:, :, -1, 0] - inner[:, :, 0, 0]).mean(axis=1) / 19 * resolution
+    down = (inner[:, -1, :, 1] - inner[:, 0, :, 1]).mean(axis=1) / 19 * resolution
+    sides, mirrored = np.abs(across), across < 0
+    assert np.abs(sides - down).max() < 2.5  # square, never upside down
+    assert 58.5 < sides.min() < 63 and 117 < sides.max() < 121.5
+    assert abs(sides.mean() - 90) < 3 and abs(mirrored.mean() - 0.5) < 0.07
+    left = inner[:, :, :, 0].mean(axis=(1, 2)) + 0.5 - sides / 2
+    room = width - sides
+    assert left.min() > -2 and (left - room).max() < 2
+    assert abs((left / room).mean() - 0.5) < 0.05 and (left / room).std() == pytest.approx(12**-0.5, abs=0.03)
+
+
+def test_the_crop_of_a_generator_is_reproducible() -> None:
+    one, same, other = (random_crop(ramp(50, 70), 16, np.random.default_rng(seed)) for seed in (3, 3, 4))
+    assert np.array_equal(one, same) and not np.array_equal(one, other)
