@@ -10,6 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+_SUFFIX = ".partial"
+
 
 @contextlib.contextmanager
 def replacing(*paths: Path) -> Iterator[list[Path]]:
@@ -23,35 +25,44 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
-            handle, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.", suffix=".partial")
+            handle, name = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.", suffix=_SUFFIX)
             os.close(handle)
             temporary.append(Path(name))
         yield temporary
-        for partial, path in zip(temporary, paths, strict=True):
+        for partial in temporary:
             _flush_to_disk(partial)
             os.chmod(partial, 0o666 & ~_umask())
+        for partial, path in zip(temporary, paths, strict=True):
             os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         names = ", ".join(str(path) for path in paths)
-        raise OSError(f"could not write {names}: {_reason(error)}; nothing was changed there") from None
+        raise OSError(f"could not write {names}: {reason(error)}; nothing was changed there") from None
     finally:
         for partial in temporary:
             partial.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """`write(temporary)` and then rename to `path`; see `replacing`."""
     with replacing(path) as (partial,):
         write(partial)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in `folder`, itself not below."""
+    for partial in folder.glob(f".*{_SUFFIX}"):
+        if partial.is_file():
+            partial.unlink()
+
+
+def reason(error: Exception) -> str:
+    """What went wrong in a few words, without the file name and the error number that OSError adds."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
 def _flush_to_disk(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def _umask() -> int:

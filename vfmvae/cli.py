@@ -1,13 +1,13 @@
 """The command line: `vfmvae COMMAND ...` is `python -m vfmvae.COMMAND ...`.
 
-Mistakes that users make (ValueError, OSError, FloatingPointError from our code) end in one line on standard
-error and exit code 1, without a traceback.
+Exit codes: 0 done, 1 a mistake found by this project, 2 wrong usage, 128 + n ended by signal n.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,16 +20,26 @@ COMMANDS = {
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a command's main function: expected errors become one line and an exit code."""
+    """Wrap a command's main function: mistakes that users make end in one line on standard error.
+
+    These are ValueError, OSError and FloatingPointError. `python -X dev -m vfmvae.COMMAND` shows where they
+    come from.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
         try:
             main()
+            sys.stdout.flush()
         except KeyboardInterrupt:
             sys.exit(130)
+        except BrokenPipeError:  # the reader of our output has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except (ValueError, OSError, FloatingPointError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            if sys.flags.dev_mode:
+                raise
+            print(f"error: {_sentence(error)}", file=sys.stderr)
             sys.exit(1)
 
     return wrapped
@@ -48,3 +58,10 @@ def main() -> None:
     sys.argv = [f"vfmvae {name}", *sys.argv[2:]]
     module = importlib.import_module(f"vfmvae.{name}.__main__" if name == "convert" else f"vfmvae.{name}")
     module.main()
+
+
+def _sentence(error: Exception) -> str:
+    """An error of the operating system without its number: "file: No such file or directory"."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)

@@ -2,10 +2,8 @@
 
 | recipe | what | expected |
 |---|---|---|
-| demo | 64 px on the embedded photographs with the `mini` encoder; minutes on a CPU | recognisable
-reconstructions |
-| vfm_vae_siglip2_large | stage 0 of the published f16d32 model (arXiv 2510.18457) | rFID 0.52 after all four
-stages |
+| demo | 64 px on the embedded photographs with the `mini` encoder | recognisable images in minutes on a CPU |
+| vfm_vae_siglip2_large | stage 0 of the published f16d32 model | rFID 0.52 after all four stages |
 """
 
 from __future__ import annotations

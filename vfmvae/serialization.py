@@ -1,18 +1,21 @@
-"""Config dataclasses to JSON and back, strictly: an unknown key or a wrong type is an error that lists what
-fits.
+"""Config dataclasses to JSON and back, strictly: an unknown key or a value that does not fit is an error that
+names the place and lists what fits.
+
+Fields may be dataclasses, int, float, bool, str, None, Literals, tuples of these, and unions of these.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
-
-import dacite
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+_PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
 def to_json(config: Any) -> str:
@@ -20,16 +23,15 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_dict(cls: type[T], data: Mapping[str, Any], where: str) -> T:
+def from_dict(cls: type[T], data: object, where: str) -> T:
     """Build the dataclass `cls` from parsed JSON. Missing keys take their defaults.
 
-    Raises ValueError, beginning with `where`, for unknown keys (listing the valid ones), wrong types and
-    values that the dataclass refuses.
+    Raises ValueError, beginning with `where`, for unknown keys (listing the valid ones), missing keys without
+    a default, values of a wrong type and values that the dataclass refuses.
     """
-    _check_keys(cls, data, where)
     try:
-        return dacite.from_dict(cls, dict(data), dacite.Config(cast=[tuple]))
-    except (dacite.DaciteError, TypeError, ValueError) as error:
+        return _dataclass(cls, data, "")
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
@@ -46,20 +48,66 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _check_keys(cls: type, data: Any, where: str) -> None:
+def _dataclass(cls: type[T], data: object, place: str) -> T:
+    """`place`: dotted name of the value inside the file; "" at the top."""
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where}: needed is an object with fields, not {data!r}")
+        raise _misfit(data, "an object with fields", place)
     hints = get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    for key, value in data.items():
-        if key not in names:
-            raise ValueError(f"{where}: unknown field {key!r}; valid fields: {', '.join(names)}")
-        nested = _dataclass_in(hints[key])
-        if nested is not None and value is not None:
-            _check_keys(nested, value, f"{where}: {key}")
+    inside = f" in {place}" if place else ""
+    for key in data:
+        if key not in hints:
+            raise ValueError(f"unknown field {key!r}{inside}; valid fields: {', '.join(hints)}")
+    missing = [name for name in _required(cls) if name not in data]
+    if missing:
+        raise ValueError(f"missing fields{inside}: {', '.join(missing)}")
+    prefix = f"{place}." if place else ""
+    return cls(**{key: _value(hints[key], value, f"{prefix}{key}") for key, value in data.items()})
 
 
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass of a field annotated `Config` or `Config | None`."""
-    candidates = (hint, *getattr(hint, "__args__", ()))
-    return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
+def _required(cls: Any) -> list[str]:
+    """Names of the fields without a default."""
+    none = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.default is none and f.default_factory is none]
+
+
+def _value(hint: Any, value: object, place: str) -> Any:
+    """`value` as the annotated type, or a ValueError that says what would fit."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _member(arguments, value, place)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise _misfit(value, f"one of {', '.join(str(a) for a in arguments)}", place)
+    if origin is tuple:
+        return _tuple(arguments, value, place)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _dataclass(hint, value, place)
+    if type(value) is hint:
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    assert hint in _PLAIN, f"{place}: fields of type {hint} cannot be read"
+    raise _misfit(value, _PLAIN[hint], place)
+
+
+def _member(members: tuple[Any, ...], value: object, place: str) -> Any:
+    """A union: null where it may be None, else the one other member (no config has more)."""
+    (member,) = (m for m in members if m is not type(None))
+    return None if value is None else _value(member, value, place)
+
+
+def _tuple(items: tuple[Any, ...], value: object, place: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _misfit(value, "a list", place)
+    if items[-1] is Ellipsis:
+        items = items[:1] * len(value)
+    if len(value) != len(items):
+        raise _misfit(value, f"a list of {len(items)}", place)
+    return tuple(
+        _value(item, v, f"{place}[{i}]") for i, (item, v) in enumerate(zip(items, value, strict=True))
+    )
+
+
+def _misfit(value: object, needed: str, place: str) -> ValueError:
+    return ValueError(f"{place + ' is ' if place else 'found '}{json.dumps(value)}; needed is {needed}")

@@ -11,24 +11,26 @@ from typing import Annotated
 
 import tyro
 
-from vfmvae.config import TrainConfig, read_config
+from vfmvae.config import TrainConfig, check_same_run, read_config
 from vfmvae.recipes import RECIPES
 from vfmvae.training.run_folder import RunFolder, latest_run_path, new_run_path
+
+DEFAULT_RECIPE = "demo"
 
 
 @dataclass
 class Launch:
     """Train a tokenizer. Example: python -m vfmvae.train --fused --steps 1000 --run-dir runs/longer"""
 
-    recipe: str = "demo"
-    """A function of vfmvae/recipes.py that gives every default below."""
+    recipe: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(RECIPES)}}}")] = None
+    """A function of vfmvae/recipes.py, which gives the defaults of all options below; demo if not given."""
     config: Path | None = None
     """A run's config.json, instead of a recipe."""
     run_dir: Path | None = None
-    """Where the run's files go; default runs/<recipe>, numbered where that is taken."""
-    resume: bool = False
-    """Go on with the newest checkpoint of the run."""
-    dry_run: bool = False
+    """Where the run's files go; if not given, runs/<recipe>, numbered where that is taken."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with the newest checkpoint of the run in --run-dir, or else of the latest run of the recipe."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved configuration and stop."""
     run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
@@ -36,48 +38,63 @@ class Launch:
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Launch, RunFolder]:
     """Command line -> launch options with the complete configuration, and the run's folder.
 
-    A resumed run starts from its own config.json. Raises ValueError for unknown recipes and unreadable files;
-    tyro ends the process with a message for unknown options and values of a wrong type.
+    A resumed run starts from its own config.json. Raises ValueError for unknown recipes, unreadable files and
+    runs that cannot be resumed like this; tyro ends the process with a message for unknown options and values
+    of a wrong type.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     first = _first_pass(arguments)
     folder = RunFolder(_run_path(first))
-    base = _base_config(first, folder)
+    earlier = None
+    if first.resume:
+        folder.check_resumable()
+        earlier = read_config(folder.config)
+    # Without subcommands an optional section (tokenizer.encoder.vit) has options where the defaults fill it.
     launch = tyro.cli(
         Launch,
         args=arguments,
-        default=Launch(recipe=first.recipe, run=base),
+        default=Launch(run=_defaults(first, earlier)),
         prog="python -m vfmvae.train",
+        config=(tyro.conf.AvoidSubcommands,),
     )
+    if earlier is not None:
+        check_same_run(launch.run, earlier)
     return launch, folder
 
 
 def _first_pass(arguments: list[str]) -> argparse.Namespace:
-    """The options that decide where the defaults of all others come from."""
+    """The options that decide where the defaults of all others come from; tyro checks them again."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--recipe")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--run-dir", "--run_dir", type=Path)
     parser.add_argument("--resume", action="store_true")
     try:
-        return parser.parse_known_args(arguments)[0]
+        first = parser.parse_known_args(arguments)[0]
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from None
+    if first.recipe is not None and first.config is not None:
+        raise ValueError(f"give --recipe {first.recipe} or --config {first.config}, not both")
+    if first.recipe is not None and first.recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {first.recipe!r}; known: {', '.join(RECIPES)}")
+    return first
 
 
 def _run_path(first: argparse.Namespace) -> Path:
     if first.run_dir is not None:
         return first.run_dir
-    return latest_run_path(first.recipe) if first.resume else new_run_path(first.recipe)
+    name = _run_name(first)
+    return latest_run_path(name) if first.resume else new_run_path(name)
 
 
-def _base_config(first: argparse.Namespace, folder: RunFolder) -> TrainConfig:
+def _run_name(first: argparse.Namespace) -> str:
+    """The recipe's name; that of the folder for a run's config.json; that of any other config file."""
+    if first.config is None:
+        return first.recipe or DEFAULT_RECIPE
+    return first.config.resolve().parent.name if first.config.stem == "config" else first.config.stem
+
+
+def _defaults(first: argparse.Namespace, earlier: TrainConfig | None) -> TrainConfig:
     if first.config is not None:
         return read_config(first.config)
-    if first.resume:
-        if not folder.config.exists():
-            raise ValueError(f"{folder.path} holds no run to resume (no config.json)")
-        return read_config(folder.config)
-    if first.recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {first.recipe!r}; known: {', '.join(RECIPES)}")
-    return RECIPES[first.recipe]()
+    return earlier or RECIPES[first.recipe or DEFAULT_RECIPE]()

@@ -130,6 +130,33 @@ def test_constants_are_checked_before_they_are_dropped(published: tuple) -> None
         convert(state | {key: state[key] * 2}, arguments)
 
 
+def test_blur_filters_must_be_there_exactly_where_they_are_applied(published: tuple) -> None:
+    state, arguments, _ = published
+    with pytest.raises(ValueError, match=r"no place for .*upsample.blur_weight"):
+        convert(state, arguments | {"use_gaussian_blur": False})
+    key = "synthesis.blocks.4.last_upsample_conv.blur_weight"
+    small = state["synthesis.blocks.1.last_upsample_conv.blur_weight"][:8]
+    with pytest.raises(ValueError, match="is not the binomial blur of size 5"):
+        convert(state | {key: small}, arguments)
+    del state[key]
+    with pytest.raises(ValueError, match="blur_weight is missing although use_gaussian_blur is true"):
+        convert(state, arguments)
+
+
+def test_the_alignment_projection_may_only_be_missing_where_it_was_not_trained(published: tuple) -> None:
+    state, arguments, _ = published
+    del state["ldm_adapter.linear_proj.weight"]
+    with pytest.raises(ValueError, match=r"call for \['align.weight'\] more"):
+        convert(state, arguments)
+    convert(state, arguments | {"use_vf_loss": False})
+
+
+def test_encoder_widths_must_be_the_encoders(published: tuple) -> None:
+    state, arguments, _ = published
+    with pytest.raises(ValueError, match=r"patch_in_dimensions is \[7, 7, 7\]; the encoder's layers are 64"):
+        convert(state, arguments | {"patch_in_dimensions": [7, 7, 7]})
+
+
 def test_a_wrong_shape_is_named(published: tuple) -> None:
     state, arguments, _ = published
     with pytest.raises(ValueError, match=r"style.fc1.weight has shape \(3, 3\) in the checkpoint"):
@@ -157,6 +184,14 @@ def test_published_defaults_are_the_full_size_model() -> None:
         ({"depth_of_thought": 3}, "unknown arguments: depth_of_thought"),
         ({"vfm_config": {"model_type": "bert"}}, "model_type 'bert'"),
         ({"vfm_config": {"model_type": "siglip_vision_model"}}, "vfm_config lacks"),
+        (
+            {"vfm_config": {"model_type": "siglip_vision_model", "hidden_act": "gelu"}},
+            "hidden_act 'gelu'; siglip_vision_model is supported with 'gelu_pytorch_tanh'",
+        ),
+        ({"vfm_config": {"model_type": "dinov2", "layer_norm_eps": 1e-5}}, "layer_norm_eps 1e-05"),
+        ({"channel_base": "many"}, "argument channel_base is 'many'; needed is int, like 32768"),
+        ({"patch_from_layers": 3}, "argument patch_from_layers is 3; needed is list"),
+        ({"legacy": 1}, "argument legacy is 1; needed is bool"),
     ],
 )
 def test_unsupported_arguments_are_named(change: dict, message: str) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vfmvae.convert.vfm_vae_config import tokenizer_config
+from vfmvae.convert.vfm_vae_config import check_encoder_widths, tokenizer_config
+from vfmvae.ops.resample import BINOMIAL_ROWS
 from vfmvae.tokenizer import Tokenizer, TokenizerConfig
-from vfmvae.tokenizer.decoder import NUM_BLOCKS
+from vfmvae.tokenizer.decoder import NUM_BLOCKS, DecoderConfig
 
 ENCODER_PREFIX = "vfm_encoder.encoder."
 
@@ -85,21 +86,22 @@ def convert(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Tokeni
 
     Args:
         state: the generator's state dict, frozen encoder included.
-        arguments: the generator's keyword arguments (`G_kwargs`), with `vfm_config` for an encoder that has
-        no
-            published name.
+        arguments: the generator's keyword arguments (`G_kwargs`), with `vfm_config` for an encoder that
+            has no published name.
 
     Raises ValueError naming every parameter or argument that has no place.
     """
     config = tokenizer_config(arguments)
     tokenizer = Tokenizer(config, encoder_weights=None)
+    check_encoder_widths(arguments, tokenizer.encoder.width)
     target = tokenizer.state_dict()
     encoder = {k[len(ENCODER_PREFIX) :]: v for k, v in state.items() if k.startswith(ENCODER_PREFIX)}
     rest = {k: v for k, v in state.items() if not k.startswith(ENCODER_PREFIX)}
     converted = convert_parameters(rest, config)
     for name, tensor in tokenizer.encoder.adapt(_without_wrapper(encoder)).items():
         converted[f"encoder.{name}"] = tensor
-    if "align.weight" not in converted:  # trained without the alignment loss: nothing to carry over
+    if "align.weight" not in converted and arguments.get("use_vf_loss") is False:
+        # Trained without the alignment loss: there is nothing to carry over, and decoding does not need it.
         converted["align.weight"] = target["align.weight"]
     missing = sorted(target.keys() - converted.keys())
     extra = sorted(converted.keys() - target.keys())
@@ -118,7 +120,8 @@ def convert_parameters(state: Mapping[str, Tensor], config: TokenizerConfig) -> 
     rest = dict(state)
     ours: dict[str, Tensor] = {}
     _join_attention(rest, ours)
-    _drop_constants(rest)
+    _drop_zero_biases(rest)
+    _drop_blurs(rest, config.decoder)
     unknown = []
     for name, tensor in rest.items():
         mapped = _latent_branch_name(name, config) or _translate(name)
@@ -188,22 +191,30 @@ def _join_attention(state: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
         ours[prefix + "null_key"], ours[prefix + "null_value"] = null[0], null[1]
 
 
-def _drop_constants(state: dict[str, Tensor]) -> None:
-    """Remove what our code computes itself, after checking that it is the same."""
-    for name in list(state):
-        if name.endswith(".zero_k_bias"):
-            if state[name].any():
-                raise ValueError(f"{name} is not zero; the published attention has no key bias")
-            del state[name]
-        elif name.endswith(".blur_weight"):
-            filters = state.pop(name)
-            size = filters.shape[-1]
-            line = {3: [1.0, 2, 1], 5: [1.0, 4, 6, 4, 1]}.get(size)
-            outer = None if line is None else torch.outer(torch.tensor(line), torch.tensor(line))
-            if outer is None or not torch.allclose(
-                filters.float(), (outer / outer.sum()).expand_as(filters), atol=1e-6
+def _drop_zero_biases(state: dict[str, Tensor]) -> None:
+    """The published attention stores a zero bias of its keys, which ours does not have."""
+    for name in [k for k in state if k.endswith(".zero_k_bias")]:
+        if state.pop(name).any():
+            raise ValueError(f"{name} is not zero; the published attention has no key bias")
+
+
+def _drop_blurs(state: dict[str, Tensor], config: DecoderConfig) -> None:
+    """Blur filters are constants in our decoder: each must be there, and be the one that is applied."""
+    for block in range(NUM_BLOCKS):
+        size = config.blur_size(block)
+        for module in ("seperate_upsample_conv", "last_upsample_conv")[: 1 if block == 0 else 2]:
+            name = f"synthesis.blocks.{block}.{module}.blur_weight"
+            if size == 1:
+                continue  # a filter that is there all the same is reported as unknown
+            if name not in state:
+                raise ValueError(f"{name} is missing although use_gaussian_blur is true")
+            filters = state.pop(name).float()
+            line = torch.tensor(BINOMIAL_ROWS[size])
+            expected = torch.outer(line, line) / line.sum() ** 2
+            if filters.shape[-2:] != expected.shape or not torch.allclose(
+                filters, expected.expand_as(filters)
             ):
-                raise ValueError(f"{name} is not the binomial blur of size 3 or 5 that the decoder applies")
+                raise ValueError(f"{name} is not the binomial blur of size {size} that the decoder applies")
 
 
 def _fit(name: str, tensor: Tensor, like: Tensor) -> Tensor:

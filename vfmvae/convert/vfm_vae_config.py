@@ -46,12 +46,13 @@ FIXED: dict[str, Any] = {
 }
 PROJECTIONS: dict[str, Projection] = {"attnproj": "attention", "conv": "conv"}
 ACTIVATIONS: dict[str, Activation] = {"lrelu": "leaky_relu", "gelu": "gelu", "silu": "silu"}
-# Families by the model type of a Hugging Face vision config, as any member of the family in our table.
+# By the model type of a Hugging Face vision config: any member of the family in our table, and the activation
+# that our family computes. All have LayerNorm eps 1e-6.
 FAMILIES = {
-    "siglip_vision_model": "siglip2-large-patch16-512",
-    "siglip2_vision_model": "siglip2-large-patch16-512",
-    "dinov2": "dinov2-large",
-    "dinov2_with_registers": "dinov2-with-registers-large",
+    "siglip_vision_model": ("siglip2-large-patch16-512", "gelu_pytorch_tanh"),
+    "siglip2_vision_model": ("siglip2-large-patch16-512", "gelu_pytorch_tanh"),
+    "dinov2": ("dinov2-large", "gelu"),
+    "dinov2_with_registers": ("dinov2-with-registers-large", "gelu"),
 }
 
 
@@ -65,9 +66,18 @@ class Arguments:
         self._unread = set(flat)
 
     def __call__(self, name: str, default: Any) -> Any:
+        """The value, or `default`, whose type the value must have."""
         self._unread.discard(name)
         value = self._values.get(name)
-        return default if value is None else value
+        if value is None:
+            return default
+        kind = {tuple: list}.get(type(default), type(default))
+        fits = isinstance(value, kind) or (kind is list and isinstance(value, tuple))
+        if kind is float:
+            fits = isinstance(value, (int, float))
+        if default is not None and (not fits or isinstance(value, bool) != (kind is bool)):
+            raise ValueError(f"argument {name} is {value!r}; needed is {kind.__name__}, like {default!r}")
+        return value
 
     def choice(self, name: str, choices: Mapping[str, T], default: str) -> T:
         value = self(name, default)
@@ -120,6 +130,13 @@ def tokenizer_config(arguments: Mapping[str, Any]) -> TokenizerConfig:
     return config
 
 
+def check_encoder_widths(arguments: Mapping[str, Any], width: int) -> None:
+    """ValueError unless `patch_in_dimensions`, where given, are the width of the encoder."""
+    widths = arguments.get("patch_in_dimensions") or [width]
+    if any(w != width for w in widths):
+        raise ValueError(f"argument patch_in_dimensions is {widths!r}; the encoder's layers are {width} wide")
+
+
 def _encoder(arg: Arguments, vit: Mapping[str, Any] | None) -> EncoderConfig:
     name = str(arg("vfm_name", "")).rsplit("/", 1)[-1].lower()
     dimensions = None
@@ -127,7 +144,12 @@ def _encoder(arg: Arguments, vit: Mapping[str, Any] | None) -> EncoderConfig:
         family = vit.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"vfm_config has model_type {family!r}; supported are {', '.join(FAMILIES)}")
-        name = FAMILIES[family]
+        name, activation = FAMILIES[family]
+        for key, supported in (("hidden_act", activation), ("layer_norm_eps", 1e-6), ("num_channels", 3)):
+            if vit.get(key, supported) != supported:
+                raise ValueError(
+                    f"vfm_config has {key} {vit[key]!r}; {family} is supported with {supported!r}"
+                )
         dimensions = _vit(vit)
     elif name not in ENCODERS:
         raise ValueError(f"argument vfm_name is {name!r}; known encoders: {', '.join(ENCODERS)}")
@@ -155,7 +177,7 @@ def _vit(config: Mapping[str, Any]) -> ViTConfig:
 
 
 def _fusion(arg: Arguments) -> FusionConfig:
-    arg("patch_in_dimensions", None)  # the encoder's width, which the weights' shapes confirm
+    arg("patch_in_dimensions", None)  # see check_encoder_widths
     return FusionConfig(
         compress=arg.choice("how_to_compress", PROJECTIONS, "attnproj"),
         decompress=arg.choice("how_to_decompress", PROJECTIONS, "attnproj"),

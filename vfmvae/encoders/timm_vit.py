@@ -71,7 +71,8 @@ class TimmEncoder(FrozenEncoder):
         self, config: EncoderConfig, family: TimmFamily, model: str, vit: ViTConfig | None = None
     ) -> None:
         """`model`: timm's name, with or without a tag of weights. `vit`: dimensions that replace its own."""
-        trunk: Any = timm.create_model(model, pretrained=False, num_classes=0, **_model_arguments(family, vit))
+        arguments = _model_arguments(family, vit)
+        trunk: Any = timm.create_model(model, pretrained=False, num_classes=0, **arguments)
         patch_size = trunk.patch_embed.patch_size[0]
         super().__init__(
             config,

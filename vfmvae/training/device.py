@@ -11,7 +11,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # `meta` has no values, an absent GPU no memory
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -21,7 +21,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype that activations take beside fp32 parameters; None where they are fp32 too."""
+    """The dtype that activations take beside fp32 parameters; None where they are fp32 too.
+
+    `name` is "fp32", "bf16" or "auto": bf16 on CUDA, fp32 elsewhere.
+    """
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     return torch.bfloat16 if name == "bf16" else None

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from vfmvae.atomic import write_atomically
-from vfmvae.training.checkpoint import checkpoints
+from vfmvae.atomic import remove_leftovers, write_atomically
+from vfmvae.training.checkpoint import checkpoints, remove_partial_checkpoints
 from vfmvae.training.logging import keep_lines_until
 
 RUNS = Path("runs")
@@ -24,35 +24,42 @@ class RunFolder:
         self.model = path / "model.safetensors"
         self.figure = path / "reconstructions.png"
 
-    def start(self, config_json: str) -> None:
-        """Create the folder for a new run. ValueError if a run is there already, OSError if it cannot be
-        written.
-        """
-        if self.config.exists():
+    def check_new(self) -> None:
+        """ValueError unless a new run can begin here, because a run's files or something else is there."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; give a folder as --run-dir")
+        if any(p.exists() for p in (self.config, self.metrics, self.checkpoints, self.model)):
             raise ValueError(
                 f"{self.path} holds a run already; add --resume to go on with it, or give another --run-dir"
             )
-        self.write(self.config, lambda path: path.write_text(config_json, encoding="utf-8"))
 
-    def resume(self, config_json: str) -> None:
-        """Take up the run with this (possibly changed) configuration."""
+    def check_resumable(self) -> None:
+        """ValueError if there is no run to go on with."""
         if not self.config.exists():
-            raise ValueError(f"{self.path} holds no run to resume (no config.json)")
+            raise ValueError(f"{self.path} holds no run to resume (no {self.config.name})")
+
+    def begin(self, config_json: str, step: int) -> None:
+        """Take the folder for a run that has done `step` steps: write its config, and clear what a killed
+        process left (temporary files, metrics beyond `step`).
+
+        Raises OSError with a sentence if the folder cannot be written.
+        """
         self.write(self.config, lambda path: path.write_text(config_json, encoding="utf-8"))
+        remove_leftovers(self.path)
+        remove_partial_checkpoints(self.checkpoints)
+        keep_lines_until(self.metrics, step)
 
     def newest_checkpoint(self) -> Path | None:
+        """The checkpoint of the most steps, or None."""
         found = checkpoints(self.checkpoints)
         return found[-1] if found else None
 
-    def forget_after(self, step: int) -> None:
-        """Drop logged metrics beyond `step`, which a resumed run logs again."""
-        keep_lines_until(self.metrics, step)
-
     def write(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Write a file of this run whole or not at all."""
+        """Write a file of this run whole or not at all; OSError with a sentence if that fails."""
         write_atomically(path, write)
 
     def resume_command(self) -> str:
+        """What to type to go on with this run."""
         return f"python -m vfmvae.train --run-dir {shlex.quote(str(self.path))} --resume"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -21,15 +22,20 @@ class TrainingState:
         self._frozen = frozen
         self._optimizer = optimizer
         self.step = 0
+        """Updates done."""
         self.initial: dict[str, float] = {}
+        """Quality before the first step."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything by name; the tensors are the model's own, not copies."""
         model = {k: v for k, v in self._model.state_dict().items() if not k.startswith(self._frozen)}
         optimizer = get_optimizer_state_dict(self._model, self._optimizer)
-        return {"model": model, "optimizer": optimizer, "step": self.step, "initial": self.initial}
+        # As one string: of a dict, the reader fills only the keys that are there already.
+        initial = json.dumps(self.initial)
+        return {"model": model, "optimizer": optimizer, "step": self.step, "initial": initial}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # Model tensors were filled in place: state_dict() hands out the parameters themselves.
+        """Take what a checkpoint's reader filled: the model's tensors in place, the rest here."""
         set_optimizer_state_dict(self._model, self._optimizer, state["optimizer"])
         self.step = state["step"]
-        self.initial = state["initial"]
+        self.initial = json.loads(state["initial"])

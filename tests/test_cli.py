@@ -1,0 +1,118 @@
+"""The command line: expected mistakes are one line and an exit code, on both ways in."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+import vfmvae.cli
+from tests.helpers import ROOT, run_python
+from vfmvae.cli import COMMANDS, command
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    @command
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("steps is 0"), "error: steps is 0"),
+        (FloatingPointError("loss is not finite"), "error: loss is not finite"),
+        (OSError("could not write x: full"), "error: could not write x: full"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "a.json"),
+            "error: a.json: No such file or directory",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device"),
+    ],
+)
+def test_expected_mistakes_are_one_line(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        raising(error)()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == line + "\n"
+
+
+def test_our_own_mistakes_keep_their_traceback() -> None:
+    with pytest.raises(KeyError):
+        raising(KeyError("bug"))()
+
+
+def test_an_interrupt_is_130() -> None:
+    with pytest.raises(SystemExit) as ended:
+        raising(KeyboardInterrupt())()
+    assert ended.value.code == 130
+
+
+def test_development_mode_shows_where_an_error_comes_from() -> None:
+    program = "from vfmvae.cli import command\n@command\ndef main(): int('x')\nmain()"
+    quiet = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    loud = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (quiet.returncode, quiet.stderr.count("\n")) == (1, 1)
+    assert "Traceback" in loud.stderr
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    program = "from vfmvae.cli import command\n@command\ndef main(): print('line')\nmain()"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=buffered,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_lists_every_command(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vfmvae", *arguments])
+    vfmvae.cli.main()
+    output = capsys.readouterr().out
+    assert all(f"  {name} " in output for name in COMMANDS)
+
+
+def test_unknown_commands_are_usage_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vfmvae", "trian"])
+    with pytest.raises(SystemExit) as ended:
+        vfmvae.cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: unknown command 'trian'; known: {', '.join(COMMANDS)}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_main_function(name: str) -> None:
+    module = ROOT / "vfmvae" / name / "__main__.py"
+    module = module if module.exists() else ROOT / "vfmvae" / f"{name}.py"
+    assert "\ndef main() -> None:" in module.read_text()
+
+
+def test_the_console_script_passes_its_arguments_on() -> None:
+    program = "import sys; from vfmvae.cli import main; sys.argv[0] = 'vfmvae'; main()"
+    assert run_python("-c", program, "train", "--dry-run", "--seed=5") == run_python(
+        "-m", "vfmvae.train", "--dry-run", "--seed=5"
+    )

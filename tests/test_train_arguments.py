@@ -1,0 +1,173 @@
+"""From the command line to a complete configuration, and the sentence for every mistake on the way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import vfmvae.train
+from vfmvae.config import TrainConfig
+from vfmvae.encoders.base import ViTConfig
+from vfmvae.recipes import RECIPES, demo
+from vfmvae.serialization import from_dict, to_json
+from vfmvae.train_arguments import parse_arguments
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["train", *arguments])
+    vfmvae.train.main()
+
+
+def test_without_arguments_it_is_the_demo_in_a_new_folder() -> None:
+    launch, folder = parse_arguments([])
+    assert launch.run == demo()
+    assert folder.path == Path("runs/demo")
+    assert not launch.resume and not launch.dry_run
+
+
+def test_any_field_can_be_overridden() -> None:
+    arguments = "--steps 7 --optimizer.betas 0.5 0.75 --tokenizer.encoder.layers 1 2 -1 --fused --dtype bf16"
+    config = parse_arguments(arguments.split())[0].run
+    assert (config.steps, config.optimizer.betas, config.fused, config.dtype) == (
+        7,
+        (0.5, 0.75),
+        True,
+        "bf16",
+    )
+    assert config.tokenizer.encoder.layers == (1, 2, -1)
+    assert config.tokenizer.decoder == demo().tokenizer.decoder, "the rest stays the recipe's"
+
+
+def test_a_config_file_replaces_the_recipe_and_names_the_run() -> None:
+    Path("runs/mine").mkdir(parents=True)
+    Path("runs/mine/config.json").write_text(to_json(TrainConfig(steps=11, fused=True)))
+    launch, folder = parse_arguments(["--config", "runs/mine/config.json", "--no-fused"])
+    assert launch.run == TrainConfig(steps=11, fused=False)
+    assert folder.path == Path("runs/mine-2")
+
+
+def test_resume_takes_the_runs_own_config() -> None:
+    for name, steps in (("demo", 5), ("demo-2", 6), ("other", 7)):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, "config.json").write_text(to_json(TrainConfig(steps=steps)))
+    launch, folder = parse_arguments(["--resume"])
+    assert (folder.path, launch.run.steps) == (Path("runs/demo-2"), 6)
+    launch, folder = parse_arguments(["--run-dir", "runs/other", "--resume", "--steps", "70"])
+    assert (folder.path, launch.run.steps) == (Path("runs/other"), 70)
+    with pytest.raises(ValueError, match="a resumed run cannot change its batch_size from 512 to 3"):
+        parse_arguments(["--run-dir", "runs/other", "--resume", "--batch-size", "3"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_dry_run_prints_a_config_that_starts_the_same_run(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_main(monkeypatch, "--recipe", name, "--dry-run", "--seed", "3")
+    printed = json.loads(capsys.readouterr().out)
+    assert from_dict(TrainConfig, printed, "").seed == 3
+    Path("again.json").write_text(json.dumps(printed))
+    launch, folder = parse_arguments(["--config", "again.json"])
+    assert json.loads(to_json(launch.run)) == printed
+    assert folder.path == Path("runs/again")
+    assert not Path("runs").exists(), "a dry run writes nothing"
+
+
+def test_an_optional_section_can_be_overridden_where_the_config_has_it() -> None:
+    vit = ViTConfig(width=64, depth=2, heads=2, patch_size=16, image_size=64, mlp_width=128)
+    encoder = replace(demo().tokenizer.encoder, vit=vit)
+    Path("c.json").write_text(to_json(replace(demo(), tokenizer=replace(demo().tokenizer, encoder=encoder))))
+    launch, _ = parse_arguments(["--config", "c.json", "--tokenizer.encoder.vit.depth", "3"])
+    assert launch.run.tokenizer.encoder.vit == replace(vit, depth=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--recipe", "dmeo"], "error: unknown recipe 'dmeo'; known: demo, vfm_vae_siglip2_large"),
+        (["--recipe"], "error: argument --recipe: expected one argument"),
+        (
+            ["--recipe", "demo", "--config", "x.json"],
+            "error: give --recipe demo or --config x.json, not both",
+        ),
+        (["--steps", "0"], "error: steps is 0; it must be at least 1"),
+        (["--config", "absent.json"], "error: absent.json cannot be read: No such file or directory"),
+        (["--config", "cut.json"], "error: cut.json is not valid JSON: "),
+        (
+            ["--config", "newer.json"],
+            "error: newer.json: unknown field 'ema'; valid fields: tokenizer, losses, ",
+        ),
+        (["--resume"], "error: there is no run of 'demo' in runs/ to resume; give its folder with --run-dir"),
+        (["--resume", "--run-dir", "absent"], "error: absent holds no run to resume (no config.json)"),
+        (["--run-dir", "taken"], "error: taken holds a run already; add --resume to go on with it, or give"),
+        (["--run-dir", "cut.json"], "error: cut.json is a file; give a folder as --run-dir"),
+        (["--data", "absent"], "error: image folder absent does not exist"),
+        (["--data", "cut.json"], "error: cut.json is a file; give the folder"),
+        (["--data", "taken"], "error: no images for train in taken"),
+        (["--device", "gpu"], "error: device 'gpu' cannot be used: "),
+        (
+            ["--recipe", "vfm_vae_siglip2_large"],
+            "error: losses.lpips and losses.adversarial: not yet available",
+        ),
+        (["--tokenizer.encoder.name", "minni"], "error: "),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_no_run(
+    arguments: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("cut.json").write_text('{"steps": 5, "tok')
+    Path("newer.json").write_text('{"steps": 5, "ema": 0.999}')
+    Path("taken").mkdir()
+    Path("taken/metrics.jsonl").touch()
+    with pytest.raises(SystemExit) as ended:
+        run_main(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert error.startswith(sentence)
+    assert "Traceback" not in error
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--stepz", "3"], "Unrecognized options: --stepz"),
+        (["--steps", "three"], "--steps"),
+        (["--steps"], "--steps"),
+        (["--dtype", "fp8"], "'bf16'"),
+        (["--tokenizer.fusion.compress", "pool"], "'attention'"),
+        (["--losses.kl", "-1"], "losses.kl is -1.0"),
+        (["demo"], "Unrecognized options: demo"),
+    ],
+)
+def test_wrong_usage_names_the_option(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_main(monkeypatch, *arguments)
+    output = capsys.readouterr()
+    assert ended.value.code == 2
+    assert words in output.out + output.err
+    assert not Path("runs").exists()
+
+
+def test_help_explains_the_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_main(monkeypatch, "--help")
+    output = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "Example: python -m vfmvae.train --fused" in output
+    names = "recipe config run-dir steps seed device dtype data resume checkpoint-every dry-run fused"
+    assert [name for name in names.split() if f"--{name}" not in output] == []

@@ -1,0 +1,56 @@
+"""What keeps a run from losing work: stop signals wait for the end of a step, bad weights are not stored."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While entered, the first Ctrl-C or SIGTERM only sets `signal`, so that a loop can finish its step.
+
+    The second one acts as usual. `notify` is called once, at the first. Enter it in the main thread, where
+    Python handles signals.
+    """
+
+    def __init__(self, notify: Callable[[], None]) -> None:
+        self._notify = notify
+        self._previous: dict[int, Any] = {}
+        self.signal = 0
+        """Number of the signal that came, or 0."""
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+        self._notify()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, step: int) -> None:
+    """FloatingPointError if a trained parameter holds NaN or infinity; waits for the device."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise FloatingPointError(
+                f"parameter {name} is not finite after step {step}, so no checkpoint was written;"
+                f" lower optimizer.learning_rate or use --dtype fp32"
+            )
