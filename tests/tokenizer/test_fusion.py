@@ -60,7 +60,7 @@ def test_compression_changes_the_width_last_and_decompression_first() -> None:
     assert [(b.skip.in_features, b.skip.out_features) for b in down.blocks] == [(12, 12), (12, 12), (12, 4)]
     up = LatentProjection(4, 12, "attention", depth=3, expand_first=True)
     assert [(b.skip.in_features, b.skip.out_features) for b in up.blocks] == [(4, 12), (12, 12), (12, 12)]
-    assert down.last_weight is down.blocks[-1].mlp.out.weight
+    assert down.last is down.blocks[-1].mlp.out
 
 
 def test_layers_are_unshuffled_channel_row_column_and_concatenated() -> None:

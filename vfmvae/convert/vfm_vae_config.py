@@ -193,7 +193,9 @@ def _bottleneck(arg: Arguments, discrete: bool) -> BottleneckConfig:
     beta, temperature = float(arg("vocab_beta", 0.25)), float(arg("entropy_temp", 0.01))
     if not discrete:
         return BottleneckConfig()
-    return BottleneckConfig("discrete", codebooks, codes, beta, temperature)
+    return BottleneckConfig(
+        "discrete", codebooks=codebooks, codes=codes, beta=beta, entropy_temperature=temperature
+    )
 
 
 def _decoder(arg: Arguments) -> DecoderConfig:

@@ -73,7 +73,7 @@ def _group_norm_torch(
 def _group_means(x: Tensor, groups: int) -> Tensor:
     """[B, C, 1, 1], equal within a group; a shift by it changes neither the norm nor its gradients.
 
-    ATen's channels-last CPU kernel takes the variance as E[x^2] - E[x]^2, which loses it where means are large.
+    ATen takes the variance of channels-last CPU tensors as E[x^2] - E[x]^2, inexact where means are large.
     """
     batch, channels = x.shape[:2]
     means = x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32)).view(batch, groups, -1)

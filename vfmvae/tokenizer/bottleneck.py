@@ -19,9 +19,12 @@ from vfmvae.ops.posterior import LOGVAR_RANGE
 
 @dataclass(frozen=True)
 class BottleneckConfig:
-    """Gaussian or discrete latent. The fields after `kind` describe the discrete one."""
+    """Gaussian or discrete latent. `initial_logvar` belongs to the first, the rest to the second."""
 
     kind: Literal["gaussian", "discrete"] = "gaussian"
+    initial_logvar: float = 0.0
+    """Log variance that an untrained model starts near. Means start near 0, so that at the published 0 the
+    samples are noise at first; short runs start lower."""
     codebooks: int = 1
     """Number of codebooks; the latent channels are cut into as many contiguous chunks."""
     codes: int = 16384

@@ -141,13 +141,13 @@ class LatentProjection(nn.Module):
         self.apply(_initialize)
 
     @property
-    def last_weight(self) -> Tensor:
-        """The weight that the output is computed with; where gradient norms are compared."""
+    def last(self) -> nn.Linear:
+        """The layer whose result is (added to) the output."""
         if self.kind == "conv":
-            return self.linear.weight
+            return self.linear
         block = self.blocks[-1]
         assert isinstance(block, AttentionProjection)
-        return block.mlp.out.weight
+        return block.mlp.out
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "conv":

@@ -108,6 +108,8 @@ class Tokenizer(nn.Module):
             config.fusion, self.encoder.width, self._token_ratio(), z if discrete else 2 * z
         )
         self.bottleneck = DiscreteBottleneck(config.bottleneck, z) if discrete else GaussianBottleneck()
+        if not discrete:
+            nn.init.constant_(self.fusion.final.last.bias[z:], config.bottleneck.initial_logvar)
         width = z * config.fusion.decompress_factor
         self.decompress = LatentProjection(
             z, width, config.fusion.decompress, config.fusion.decompress_depth, expand_first=True
@@ -242,7 +244,7 @@ class Tokenizer(nn.Module):
     @property
     def last_fusion_weight(self) -> Tensor:
         """The weight that the adaptive alignment weight compares gradient norms at."""
-        return self.fusion.final.last_weight
+        return self.fusion.final.last.weight
 
     def forward(
         self, images: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
