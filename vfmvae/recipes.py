@@ -19,9 +19,9 @@ from vfmvae.training.optim import OptimizerConfig
 def demo() -> TrainConfig:
     """A small VFM-VAE at 64 px: the whole architecture, sized for a laptop CPU.
 
-    Latents are [32, 8, 8]. Beside the sizes, three values differ from the published recipe because the run has
-    hundreds of steps, not tens of thousands: a higher learning rate with decay, latents that start with little
-    noise, and a weak alignment.
+    Latents are [32, 8, 8]. Beside the sizes, three things differ from the published recipe because the run
+    has hundreds of steps, not tens of thousands: a higher learning rate with decay, latents that start with
+    little noise, and a weak alignment.
     """
     tokenizer = TokenizerConfig(
         encoder=EncoderConfig(name="mini", layers=(0, 3, -1), scale_factor=1.0),
