@@ -36,7 +36,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except BrokenPipeError:  # the reader of our output has left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
             if sys.flags.dev_mode:
                 raise
             print(f"error: {_sentence(error)}", file=sys.stderr)

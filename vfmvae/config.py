@@ -109,6 +109,11 @@ def check_same_run(config: TrainConfig, earlier: TrainConfig) -> None:
         if before != now:
             values = "" if name == "tokenizer" else f" from {before} to {now}"
             raise ValueError(f"a resumed run cannot change its {name}{values}; start a new run instead")
+    if config.optimizer.betas != earlier.optimizer.betas:  # the moments that Adam kept belong to the old ones
+        raise ValueError(
+            f"a resumed run cannot change its optimizer.betas from {earlier.optimizer.betas} to"
+            f" {config.optimizer.betas}; start a new run instead"
+        )
 
 
 def read_config(path: Path) -> TrainConfig:

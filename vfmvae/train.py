@@ -190,7 +190,7 @@ def train(config: TrainConfig, folder: RunFolder, console: Console) -> None:
     log = TrainingLog(folder.metrics, console, state.step, config.steps, config.log_every, config.batch_size)
     with log, StopRequest(lambda: console.print("stopping after this step")) as stop:
         while state.step < config.steps and not stop.signal:
-            rate = learning_rate(config.optimizer, state.step / config.steps)
+            rate = learning_rate(config.optimizer, (state.step + 0.5) / config.steps)
             set_learning_rate(job.optimizer, rate)
             # Data and draws depend on seed and step alone, so a resumed run goes on exactly.
             images = job.data.batch(state.step, config.batch_size)["image"].to(job.device, non_blocking=True)

@@ -5,6 +5,7 @@ unpickled.
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,9 @@ def read_generator(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors ({_first_line(error)}), and opening it would run code from"
-            f" the file;"
-            " save the generator's state dict with torch.save or safetensors where it comes from, and"
-            " convert that"
+            f"{path} holds more than tensors ({_forbidden(error)}), and opening it would run code from the"
+            f" file; save the generator's state dict with torch.save or safetensors where it comes from, and"
+            f" convert that"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or not a torch checkpoint: {_first_line(error)}") from None
@@ -72,6 +72,12 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
             f" {keys[:200]}"
         )
     return dict(found)
+
+
+def _forbidden(error: Exception) -> str:
+    """The name that the restricted unpickler stopped at."""
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    return match[1] if match else "not a plain state dict"
 
 
 def _first_line(error: Exception) -> str:

@@ -102,7 +102,7 @@ def convert(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Tokeni
         converted[f"encoder.{name}"] = tensor
     if "align.weight" not in converted and arguments.get("use_vf_loss") is False:
         # Trained without the alignment loss: there is nothing to carry over, and decoding does not need it.
-        converted["align.weight"] = target["align.weight"]
+        converted["align.weight"] = torch.zeros_like(target["align.weight"])
     missing = sorted(target.keys() - converted.keys())
     extra = sorted(converted.keys() - target.keys())
     if missing or extra:

@@ -185,7 +185,8 @@ class FrozenEncoder(nn.Module):
         if images.dtype == torch.uint8:
             images = images.float() / 255
         elif images.is_floating_point():
-            images = (images + 1) / 2
+            # 16-bit pixels would lose their last digits here; the cast comes last.
+            images = (images.to(torch.promote_types(images.dtype, torch.float32)) + 1) / 2
         else:
             raise ValueError(f"images must be floating point in [-1, 1] or uint8, got {images.dtype}")
         size = [self._scaled(images.shape[-2], "height"), self._scaled(images.shape[-1], "width")]

@@ -8,10 +8,10 @@ does not), and the activation.
 Numerics follow the reference code of each family, as Hugging Face transformers runs it:
   SigLIP, SigLIP 2  tanh GELU in every block and in the pooling head; pooled = learned probe attending to the
                     tokens after the final LayerNorm, then x + mlp(LN(x)) (arXiv 2303.15343, 2502.14786)
-                    DINOv2            with registers the position embedding is interpolated with antialiasing,
-                    without them not (arXiv 2304.07193, 2309.16588) DINOv3, EVA-CLIP  rotary embedding
-                    computed for the actual token grid (arXiv 2508.10104, 2303.15389) CLIP              quick
-                    GELU, LayerNorm before the blocks (arXiv 2103.00020)
+  DINOv2            with registers the position embedding is interpolated with antialiasing, without them
+                    not (arXiv 2304.07193, 2309.16588)
+  DINOv3, EVA-CLIP  rotary embedding computed for the actual token grid (arXiv 2508.10104, 2303.15389)
+  CLIP              quick GELU, LayerNorm before the blocks (arXiv 2103.00020)
 """
 
 from __future__ import annotations

@@ -26,8 +26,7 @@ class NormedLinear(NamedTuple):
 def fusion_projection(
     x: Tensor, attention: NormedLinear, skip: NormedLinear, eps: float = 1e-5, *, fused: Fused = True
 ) -> tuple[Tensor, Tensor]:
-    """(LN1(x) Wqkv + b, LN3(x) Wskip + b): queries, keys and values [B, N, 3D] and the projected residual [B,
-    N, E].
+    """(LN1(x) Wqkv + b, LN3(x) Wskip + b): [B, N, 3D] for attention and the projected residual [B, N, E].
 
     The fused form normalises once and folds both affines into the weights, so one matrix product does it all.
     Results are in x.dtype; statistics in float32 (float64 for float64 x).

@@ -5,6 +5,7 @@ Shapes: B batch, z latent channels, h x w latent grid, K codebooks, V codes in e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,17 +91,27 @@ class DiscretePosterior:
     """Quantised latents.
 
     indices: [B, K, h, w] int64.  codes: [B, z, h, w], the chosen codes, unit length in each of the K chunks.
-    quantization_loss, entropy_loss: scalars, averaged over codebooks.
+    quantization_loss: scalar, averaged over codebooks.
     """
 
     def __init__(
-        self, latents: Tensor, codes: Tensor, indices: Tensor, quantization_loss: Tensor, entropy_loss: Tensor
+        self,
+        latents: Tensor,
+        codes: Tensor,
+        indices: Tensor,
+        quantization_loss: Tensor,
+        entropy: Callable[[], Tensor],
     ) -> None:
         self._latents = latents
         self.codes = codes
         self.indices = indices
         self.quantization_loss = quantization_loss
-        self.entropy_loss = entropy_loss
+        self._entropy = entropy
+
+    @property
+    def entropy_loss(self) -> Tensor:
+        """Scalar, averaged over codebooks; computed when asked, since it is the dearest part."""
+        return self._entropy()
 
     def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """The codes with a straight-through gradient to the encoder's output; nothing is random here."""
@@ -140,13 +151,19 @@ class DiscreteBottleneck(nn.Module):
             book(chunk)
             for book, chunk in zip(self.codebooks, latents.chunk(len(self.codebooks), dim=1), strict=True)
         ]
-        straight, codes, indices, quantization, entropy = zip(*results, strict=True)
+        straight, codes, indices, quantization, similarity = zip(*results, strict=True)
+        books: Any = self.codebooks
+
+        def entropy() -> Tensor:
+            losses = [book.entropy_loss(s) for book, s in zip(books, similarity, strict=True)]
+            return torch.stack(losses).mean()
+
         return DiscretePosterior(
             torch.cat(straight, dim=1),
             torch.cat(codes, dim=1),
             torch.stack(indices, dim=1),
             torch.stack(quantization).mean(),
-            torch.stack(entropy).mean(),
+            entropy,
         )
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -178,7 +195,7 @@ class Codebook(nn.Module):
         return F.normalize(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)), dim=-1)
 
     def forward(self, chunk: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """[B, c, h, w] -> straight-through code map, code map, indices [B, h, w], and the two losses."""
+        """[B, c, h, w] -> straight-through code map, code map, indices [B, h, w], loss, similarities."""
         wide = torch.promote_types(chunk.dtype, torch.float32)
         x = F.normalize(chunk.to(wide).permute(0, 2, 3, 1), dim=-1)  # [B, h, w, c]
         codes = self.unit_codes()
@@ -186,14 +203,16 @@ class Codebook(nn.Module):
         indices = similarity.detach().argmax(dim=-1)
         chosen = codes[indices]  # [B, h, w, c]
         quantization = self.beta * F.mse_loss(x, chosen.detach()) + F.mse_loss(chosen, x.detach())
-        entropy = self._entropy_loss(similarity)
         if self.training:
             self._track(indices)
         straight = x + (chosen - x).detach()
-        return straight.permute(0, 3, 1, 2), chosen.permute(0, 3, 1, 2), indices, quantization, entropy
+        return straight.permute(0, 3, 1, 2), chosen.permute(0, 3, 1, 2), indices, quantization, similarity
 
-    def _entropy_loss(self, similarity: Tensor) -> Tensor:
-        """Mean entropy of each assignment minus that of the mean assignment: sure, yet using all codes."""
+    def entropy_loss(self, similarity: Tensor) -> Tensor:
+        """Similarities [B, h, w, V] -> mean entropy of each assignment minus that of the mean assignment.
+
+        Low where assignments are sure and yet use all codes.
+        """
         # |x - c|^2 = 2 - 2 x.c for unit vectors; the constant leaves a softmax unchanged.
         logits = 2.0 * similarity.flatten(0, 2) / self.temperature
         p, log_p = logits.softmax(dim=-1), logits.log_softmax(dim=-1)

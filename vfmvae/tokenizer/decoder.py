@@ -57,9 +57,8 @@ class DecoderConfig:
             )
         if len(self.latent_widths) <= max(self.latent_blocks):
             raise ValueError(
-                f"decoder.latent_widths has {len(self.latent_widths)} entries; block"
-                f" {max(self.latent_blocks)}"
-                " needs one too (they are indexed by block)"
+                f"decoder.latent_widths has {len(self.latent_widths)} entries;"
+                f" block {max(self.latent_blocks)} needs one too (they are indexed by block)"
             )
         if len(self.attention_depths) != len(self.attention_blocks):
             raise ValueError(

@@ -1,8 +1,7 @@
-"""The modules of the progressive decoder: latent branch, upsampling, modulated ConvNeXt layer, attention, to-
-RGB.
+"""The modules of the progressive decoder: latent branch, upsampling, ConvNeXt layer, attention, to-RGB.
 
-VFM-VAE (arXiv 2510.18457), section 3 and appendix; ConvNeXt (arXiv 2201.03545), GigaGAN attention (arXiv
-2303.05511).
+VFM-VAE (arXiv 2510.18457), section 3 and appendix; ConvNeXt (arXiv 2201.03545); attention as in GigaGAN
+(arXiv 2303.05511).
 Shapes: x [B, C, H, W] in the compute dtype, channels-last in the fused path; style [B, D] in float32.
 """
 

@@ -95,9 +95,7 @@ class Tokenizer(nn.Module):
         encoder_weights: str | Path | Mapping[str, Tensor] | None = "pretrained",
         fused: ops.Fused = True,
     ) -> None:
-        """`encoder_weights`: "pretrained", a file or folder, a state dict, or None for random (see
-        build_encoder).
-        """
+        """`encoder_weights`: "pretrained", a file or folder, a state dict, or None for random ones."""
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
@@ -177,7 +175,7 @@ class Tokenizer(nn.Module):
     def fuse(self, features: Sequence[Tensor], latent_size: tuple[int, int]) -> Posterior | DiscretePosterior:
         """`features` of an image -> posterior over latents of size (h, w)."""
         moments = self.fusion([tokens.to(self.dtype) for tokens in features], latent_size)
-        return self.bottleneck(moments.float() if self.compute_dtype else moments)
+        return self.bottleneck(moments.to(torch.promote_types(moments.dtype, torch.float32)))
 
     @overload
     def decode(
