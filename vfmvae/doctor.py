@@ -53,10 +53,12 @@ class Package:
     name: str
     module: str
     instead: str
+    used: bool = False
+    """Whether anything here calls it yet."""
 
 
 PACKAGES = (
-    Package("Triton", "triton", CPU_INSTEAD),
+    Package("Triton", "triton", CPU_INSTEAD, used=True),
     Package("flash-attn", "flash_attn", "PyTorch's attention"),
     Package("xformers", "xformers", "PyTorch's attention"),
     Package("apex", "apex.optimizers", "torch.optim"),
@@ -86,6 +88,8 @@ def inspect_package(package: Package) -> Part:
         return Part(package.name, state, "", package.instead)
     if state == "broken":
         return Part(package.name, state, "", f"{line}; {package.instead}")
+    if not package.used:
+        return Part(package.name, state, line, f"not used yet: {package.instead}")
     return Part(package.name, state, line, "" if torch.cuda.is_available() else NO_DEVICE)
 
 
