@@ -43,7 +43,7 @@ def tiny(**changes: object) -> TrainConfig:
     """The demo with a decoder of a few channels."""
     tokenizer = replace(
         demo().tokenizer,
-        fusion=FusionConfig(layer_widths=(4, 4, 4), decompress_factor=1),
+        fusion=FusionConfig(layer_widths=(8, 8, 16), decompress_factor=1),
         decoder=DecoderConfig(
             channel_base=512,
             channel_max=16,
