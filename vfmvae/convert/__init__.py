@@ -1,3 +1,1 @@
-"""Published checkpoints in our format, one module per source. Command line: `python -m vfmvae.convert
---help`.
-"""
+"""Published checkpoints in our format, one module per source; `python -m vfmvae.convert --help`."""

@@ -1,6 +1,4 @@
-"""Reading published checkpoints and their configurations; nothing that is not plain tensors is ever
-unpickled.
-"""
+"""Reading published checkpoints and their configurations; only plain tensors are ever unpickled."""
 
 from __future__ import annotations
 

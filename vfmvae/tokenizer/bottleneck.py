@@ -62,19 +62,13 @@ class Posterior:
 
     def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """mean + std * noise, [B, z, h, w]; standard normal noise is drawn where none is given."""
-        return self.sample_with_kl(noise, generator)[0]
-
-    def sample_with_kl(
-        self, noise: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """A sample and `kl()`, computed together."""
         if noise is None:
             noise = torch.randn(
                 self.mean.shape, dtype=self.mean.dtype, device=self.mean.device, generator=generator
             )
         elif noise.shape != self.mean.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, needed is {tuple(self.mean.shape)}")
-        return ops.gaussian_posterior(self.mean, self.logvar, noise, fused=self._fused)
+        return ops.gaussian_posterior(self.mean, self.logvar, noise, fused=self._fused)[0]
 
     def mode(self) -> Tensor:
         """The mean."""
