@@ -67,8 +67,9 @@ def test_every_intermediate_equals_the_published_one(published: tuple, fused: bo
     }
     assert set(ours) == set(io) - {"image", "eps"}
     for name, tensor in ours.items():
+        limit = 1e-4 if name.startswith(("reconstruction", "multiscale")) else 2e-5
         torch.testing.assert_close(
-            tensor, io[name], atol=1e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+            tensor, io[name], atol=limit, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 
@@ -93,7 +94,7 @@ def test_command_line_mistakes_are_one_line(parity_dir: Path, tmp_path: Path) ->
     whole = (source / "generator.safetensors").read_bytes()
     (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
     for checkpoint, message in (
-        (tmp_path / "half.safetensors", "damaged"),
+        (tmp_path / "half.safetensors", "truncated or damaged"),
         (tmp_path / "none.pth", "does not exist"),
     ):
         done = _command(
@@ -223,16 +224,23 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, monkeypatch: pytest.
     torch.save({"G_ema": Surprise()}, tmp_path / "bad.pth")
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps({"G_ema": Surprise()}))
     for name in ("bad.pth", "plain.pkl"):
-        with pytest.raises(ValueError, match=rf"{name} (holds more than tensors|is damaged)"):
+        with pytest.raises(
+            ValueError, match=rf"{name} (was refused: it holds more than tensors|.*truncated or damaged)"
+        ):
             read_generator(tmp_path / name)
     assert not (tmp_path / "surprise").exists()
 
 
 def test_damaged_and_foreign_checkpoints_are_named(tmp_path: Path) -> None:
     torch.save({"G": {"a": torch.zeros(1000)}}, tmp_path / "n.pth")
-    (tmp_path / "half.pth").write_bytes((tmp_path / "n.pth").read_bytes()[:500])
-    with pytest.raises(ValueError, match="half.pth is damaged"):
-        read_generator(tmp_path / "half.pth")
+    save_file({"a": torch.zeros(1000)}, tmp_path / "n.safetensors")
+    for whole in (tmp_path / "n.pth", tmp_path / "n.safetensors"):
+        content = whole.read_bytes()
+        for part in (0, 1, 7, 500, len(content) - 1):
+            cut = whole.with_stem(f"cut{part}")
+            cut.write_bytes(content[:part])
+            with pytest.raises(ValueError, match=rf"cut{part}\.\w+ \({part} bytes\) is truncated or damaged"):
+                read_generator(cut)
     torch.save({"optimizer": 3}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="holds no generator.*found optimizer"):
         read_generator(tmp_path / "other.pth")

@@ -70,6 +70,30 @@ def test_an_encoder_stays_frozen() -> None:
     torch.testing.assert_close(weight.grad, features.layers[0].sum(dim=(0, 1)))
 
 
+@pytest.mark.parametrize("name", ["siglip2-base-patch16-224", "dino-small-patch16"])
+def test_images_get_gradients_through_the_frozen_model_where_asked(name: str) -> None:
+    encoder = tiny(name, scale=2.0, layers=(1, -1)).double()
+    x = images(1, 3, 16, 16).double().requires_grad_()
+    weight = torch.randn(1, 16, 16)
+    (gradient,) = torch.autograd.grad((encoder(x, image_gradients=True).layers[1] * weight).sum(), x)
+    step = gradient / gradient.norm() * 1e-2
+    with torch.no_grad():
+        ahead, behind = (encoder(x + sign * step, image_gradients=True) for sign in (1, -1))
+    assert not ahead.layers[1].requires_grad, "no_grad outside wins"
+    difference = (ahead.layers[1] - behind.layers[1]) * weight
+    assert (difference.sum() / 2e-2).item() == pytest.approx(gradient.norm().item(), rel=1e-2)
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_an_encoder_whose_parameters_require_gradients_is_trained() -> None:
+    encoder = tiny(layers=(-1,)).requires_grad_(True)
+    encoder(images(1, 3, 32, 32)).pooled.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.trunk.blocks.parameters())
+    assert not encoder.train().training
+    with torch.no_grad():
+        assert not encoder(images(1, 3, 32, 32)).pooled.requires_grad
+
+
 def test_features_are_float32_in_any_surrounding_precision() -> None:
     encoder = tiny(layers=(0, -1))
     x = images(1, 3, 32, 32)
@@ -79,6 +103,18 @@ def test_features_are_float32_in_any_surrounding_precision() -> None:
     assert torch.equal(plain.layers[1], inside.layers[1]) and torch.equal(plain.pooled, inside.pooled)
     half = encoder.to(torch.bfloat16)(x)
     assert half.layers[0].dtype == half.pooled.dtype == torch.float32
+
+
+def test_an_encoder_asked_for_bfloat16_computes_in_it_on_the_cpu_too() -> None:
+    encoder = tiny(layers=(-1,))
+    x = images(1, 3, 32, 32)
+    plain = encoder(x).layers[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs, _ = encoder.tokens(encoder.prepare(x), {encoder.depth + 1})
+    encoder.always_bfloat16 = True
+    low = encoder(x).layers[0]
+    assert low.dtype == torch.float32 and torch.equal(low, outputs[encoder.depth + 1].float())
+    assert 0 < (low - plain).norm() < 0.05 * plain.norm()
 
 
 @pytest.mark.parametrize(

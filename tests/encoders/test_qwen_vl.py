@@ -107,5 +107,5 @@ def test_without_transformers_the_error_says_so(monkeypatch: pytest.MonkeyPatch)
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match="need the package transformers: pip install transformers"):
+    with pytest.raises(ImportError, match=r'need the package transformers: pip install "vfmvae\[qwen\]"'):
         build_encoder(EncoderConfig(NAME, (-1,), 1.0), weights=None)

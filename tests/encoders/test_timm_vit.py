@@ -187,6 +187,18 @@ def test_mae_equals_hugging_face(size: tuple[int, int], tmp_path: Path) -> None:
     assert_same(from_disk(images(*size)).pooled, out.last_hidden_state[:, 0])
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_dino_equals_hugging_face(size: tuple[int, int]) -> None:
+    config = hf_config(
+        transformers.ViTConfig, intermediate_size=TINY.mlp_width, layer_norm_eps=1e-6, qkv_bias=True
+    )
+    model = randomise(transformers.ViTModel(config, add_pooling_layer=False))
+    encoder = encoder_for("dino-small-patch16", model.state_dict())
+    pixels = encoder.prepare(images(*size))
+    hidden, out = block_outputs(model, model.layers, lambda: model(pixels, interpolate_pos_encoding=True))
+    compare(encoder, hidden, out.last_hidden_state, out.last_hidden_state[:, 0], size)
+
+
 @pytest.mark.parametrize("name", ["eva02-clip-base-patch16-224", "eva02-clip-large-patch14-224"])
 def test_eva_clip_equals_timm(name: str) -> None:
     encoder = build_encoder(EncoderConfig(name, LAYERS, 1.0, vit=TINY), weights=None)

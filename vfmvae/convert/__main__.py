@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vfmvae.cli import command
+from vfmvae.cli import command, parse
 from vfmvae.convert.files import read_arguments, read_generator
 from vfmvae.convert.vfm_vae import convert
 
@@ -34,7 +34,7 @@ class Convert:
 
 @command
 def main() -> None:
-    options = tyro.cli(Convert, prog="python -m vfmvae.convert")
+    options = parse(Convert, "convert")
     arguments = read_arguments(options.config)
     tokenizer = convert(read_generator(options.checkpoint), arguments)
     tokenizer.save(options.output)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
+from vfmvae.encoders.weights import read_content
 from vfmvae.serialization import read_json
-from vfmvae.tokenizer.files import read_safetensors
 
 GENERATORS = ("G_ema", "G")
 """Where a published training checkpoint keeps the generator, in order of preference."""
@@ -26,19 +23,7 @@ def read_generator(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist or is no file")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors ({_forbidden(error)}), and opening it would run code from the"
-            f" file; save the generator's state dict with torch.save or safetensors where it comes from, and"
-            f" convert that"
-        ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not a torch checkpoint: {_first_line(error)}") from None
-    return _state_dict(content, path)
+    return _state_dict(read_content(path), path)
 
 
 def read_arguments(path: Path) -> dict[str, Any]:
@@ -70,14 +55,3 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
             f" {keys[:200]}"
         )
     return dict(found)
-
-
-def _forbidden(error: Exception) -> str:
-    """The name that the restricted unpickler stopped at."""
-    match = re.search(r"GLOBAL (\S+)", str(error))
-    return match[1] if match else "not a plain state dict"
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

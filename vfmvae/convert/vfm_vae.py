@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vfmvae.convert.vfm_vae_config import check_encoder_widths, tokenizer_config
+from vfmvae.encoders.deferred import fill, without_parameters
 from vfmvae.ops.resample import BINOMIAL_ROWS
 from vfmvae.tokenizer import Tokenizer, TokenizerConfig
 from vfmvae.tokenizer.decoder import NUM_BLOCKS, DecoderConfig
@@ -49,8 +50,7 @@ _SELF_ATTENTION = [
     (r"ff\.1\.", "mlp_expand."),
     (r"ff\.3\.", "mlp_contract."),
 ]
-_TO_RGB = [(r"affine\.proj\.", "style.linear."), (r"", "")]
-_UPSAMPLE = [(r"", "")]
+_SAME = [(r"", "")]
 
 # A published module (groups become format arguments), ours, and how the names inside it translate.
 _MODULES: list[tuple[str, str, list[tuple[str, str]]]] = [
@@ -59,25 +59,26 @@ _MODULES: list[tuple[str, str, list[tuple[str, str]]]] = [
         "fusion.layers.{0}.blocks.{1}.",
         _ATTENTION_PROJECTION,
     ),
-    (r"ldm_adapter\.patch_quants\.(\d+)\.0\.", "fusion.layers.{0}.linear.", [(r"", "")]),
+    (r"ldm_adapter\.patch_quants\.(\d+)\.0\.", "fusion.layers.{0}.linear.", _SAME),
     (r"ldm_adapter\.final_quant\.blocks\.(\d+)\.", "fusion.final.blocks.{0}.", _ATTENTION_PROJECTION),
-    (r"ldm_adapter\.final_quant\.", "fusion.final.linear.", [(r"", "")]),
+    (r"ldm_adapter\.final_quant\.", "fusion.final.linear.", _SAME),
     (r"ldm_adapter\.post_quant\.blocks\.(\d+)\.", "decompress.blocks.{0}.", _ATTENTION_PROJECTION),
-    (r"ldm_adapter\.post_quant\.", "decompress.linear.", [(r"", "")]),
-    (r"ldm_adapter\.linear_proj\.", "align.", [(r"", "")]),
+    (r"ldm_adapter\.post_quant\.", "decompress.linear.", _SAME),
+    (r"ldm_adapter\.linear_proj\.", "align.", _SAME),
     (
         r"ldm_adapter\.quantizer\.codebooks\.(\d+)\.",
         "bottleneck.codebooks.{0}.",
         [(r"codebook\.weight$", "weight"), (r"vocab_usage$", "usage")],
     ),
-    (r"mapping\.mlp\.", "style.", [(r"", "")]),
-    (r"mapping\.x_avg$", "style.average", [(r"", "")]),
+    (r"mapping\.mlp\.", "style.", _SAME),
+    (r"mapping\.x_avg$", "style.average", _SAME),
     (r"synthesis\.blocks\.(\d+)\.conv0\.", "decoder.blocks.{0}.layers.0.", _CONVNEXT),
     (r"synthesis\.blocks\.(\d+)\.convs1\.(\d+)\.", "decoder.blocks.{0}.layers.{1+1}.", _CONVNEXT),
     (r"synthesis\.blocks\.(\d+)\.self_attns\.(\d+)\.", "decoder.blocks.{0}.attention.{1}.", _SELF_ATTENTION),
-    (r"synthesis\.blocks\.(\d+)\.seperate_upsample_conv\.", "decoder.blocks.{0}.upsample.", _UPSAMPLE),
-    (r"synthesis\.blocks\.(\d+)\.last_upsample_conv\.", "decoder.blocks.{0}.skip_upsample.", _UPSAMPLE),
-    (r"synthesis\.blocks\.(\d+)\.torgb\.", "decoder.blocks.{0}.to_rgb.", _TO_RGB),
+    (r"synthesis\.blocks\.(\d+)\.seperate_upsample_conv\.", "decoder.blocks.{0}.upsample.", _SAME),
+    (r"synthesis\.blocks\.(\d+)\.last_upsample_conv\.", "decoder.blocks.{0}.skip_upsample.", _SAME),
+    (r"synthesis\.blocks\.(\d+)\.torgb\.affine\.proj\.", "decoder.blocks.{0}.to_rgb.style.linear.", _SAME),
+    (r"synthesis\.blocks\.(\d+)\.torgb\.", "decoder.blocks.{0}.to_rgb.", _SAME),
 ]
 
 
@@ -92,7 +93,8 @@ def convert(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Tokeni
     Raises ValueError naming every parameter or argument that has no place.
     """
     config = tokenizer_config(arguments)
-    tokenizer = Tokenizer(config, encoder_weights=None)
+    with without_parameters():
+        tokenizer = Tokenizer(config, encoder_weights=None)
     check_encoder_widths(arguments, tokenizer.encoder.width)
     target = tokenizer.state_dict()
     encoder = {k[len(ENCODER_PREFIX) :]: v for k, v in state.items() if k.startswith(ENCODER_PREFIX)}
@@ -102,7 +104,7 @@ def convert(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Tokeni
         converted[f"encoder.{name}"] = tensor
     if "align.weight" not in converted and arguments.get("use_vf_loss") is False:
         # Trained without the alignment loss: there is nothing to carry over, and decoding does not need it.
-        converted["align.weight"] = torch.zeros_like(target["align.weight"])
+        converted["align.weight"] = torch.zeros(target["align.weight"].shape)
     missing = sorted(target.keys() - converted.keys())
     extra = sorted(converted.keys() - target.keys())
     if missing or extra:
@@ -111,7 +113,7 @@ def convert(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Tokeni
             f" {missing or 'nothing'} more,"
             f" and have no place for {extra or 'nothing'}"
         )
-    tokenizer.load_state_dict({name: _fit(name, converted[name], target[name]) for name in target})
+    fill(tokenizer, {name: _fit(name, converted[name], target[name]) for name in target}, "cpu")
     return tokenizer.eval()
 
 
@@ -135,11 +137,11 @@ def convert_parameters(state: Mapping[str, Tensor], config: TokenizerConfig) -> 
 
 
 def _without_wrapper(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the name of the attribute that the published code keeps the encoder's model in."""
-    wrappers = {name.split(".", 1)[0] for name in encoder}
-    if len(wrappers) != 1 or any("." not in name for name in encoder):
-        return dict(encoder)
-    return {name.split(".", 1)[1]: tensor for name, tensor in encoder.items()}
+    """Drop the names of the attributes that the published code keeps the encoder's model in."""
+    inner = dict(encoder)
+    while len({name.partition(".")[0] for name in inner}) == 1 and all("." in name for name in inner):
+        inner = {name.partition(".")[2]: tensor for name, tensor in inner.items()}
+    return inner
 
 
 def _translate(name: str) -> str | None:
@@ -225,4 +227,4 @@ def _fit(name: str, tensor: Tensor, like: Tensor) -> Tensor:
             f"{name} has shape {tuple(tensor.shape)} in the checkpoint, the arguments give"
             f" {tuple(like.shape)}"
         )
-    return tensor.reshape(like.shape).to(like.dtype)
+    return tensor.reshape(like.shape)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from vfmvae.encoders import ENCODERS, EncoderConfig, ViTConfig
+from vfmvae.convert.encoder import resolve_encoder
+from vfmvae.encoders import EncoderConfig
 from vfmvae.ops import Activation
 from vfmvae.tokenizer import (
     AlignmentConfig,
@@ -46,14 +47,6 @@ FIXED: dict[str, Any] = {
 }
 PROJECTIONS: dict[str, Projection] = {"attnproj": "attention", "conv": "conv"}
 ACTIVATIONS: dict[str, Activation] = {"lrelu": "leaky_relu", "gelu": "gelu", "silu": "silu"}
-# By the model type of a Hugging Face vision config: any member of the family in our table, and the activation
-# that our family computes. All have LayerNorm eps 1e-6.
-FAMILIES = {
-    "siglip_vision_model": ("siglip2-large-patch16-512", "gelu_pytorch_tanh"),
-    "siglip2_vision_model": ("siglip2-large-patch16-512", "gelu_pytorch_tanh"),
-    "dinov2": ("dinov2-large", "gelu"),
-    "dinov2_with_registers": ("dinov2-with-registers-large", "gelu"),
-}
 
 
 class Arguments:
@@ -138,42 +131,13 @@ def check_encoder_widths(arguments: Mapping[str, Any], width: int) -> None:
 
 
 def _encoder(arg: Arguments, vit: Mapping[str, Any] | None) -> EncoderConfig:
-    name = str(arg("vfm_name", "")).rsplit("/", 1)[-1].lower()
-    dimensions = None
-    if vit is not None:
-        family = vit.get("model_type")
-        if family not in FAMILIES:
-            raise ValueError(f"vfm_config has model_type {family!r}; supported are {', '.join(FAMILIES)}")
-        name, activation = FAMILIES[family]
-        for key, supported in (("hidden_act", activation), ("layer_norm_eps", 1e-6), ("num_channels", 3)):
-            if vit.get(key, supported) != supported:
-                raise ValueError(
-                    f"vfm_config has {key} {vit[key]!r}; {family} is supported with {supported!r}"
-                )
-        dimensions = _vit(vit)
-    elif name not in ENCODERS:
-        raise ValueError(f"argument vfm_name is {name!r}; known encoders: {', '.join(ENCODERS)}")
+    name, dimensions = resolve_encoder(str(arg("vfm_name", "")), vit)
     return EncoderConfig(
         name=name,
         layers=tuple(arg("patch_from_layers", (0, 12, -1))),
         scale_factor=float(arg("scale_factor", 1.0)),
         vit=dimensions,
     )
-
-
-def _vit(config: Mapping[str, Any]) -> ViTConfig:
-    try:
-        width = config["hidden_size"]
-        return ViTConfig(
-            width=width,
-            depth=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
-            patch_size=config["patch_size"],
-            image_size=config["image_size"],
-            mlp_width=config.get("intermediate_size") or int(config["mlp_ratio"] * width),
-        )
-    except KeyError as error:
-        raise ValueError(f"vfm_config lacks {error.args[0]!r}") from None
 
 
 def _fusion(arg: Arguments) -> FusionConfig:

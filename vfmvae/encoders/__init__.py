@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from vfmvae.encoders.base import EncoderConfig, Features, FrozenEncoder, Preprocessing, ViTConfig
+from vfmvae.encoders.deferred import fill, without_parameters
 from vfmvae.encoders.hf_weights import (
     convert_clip,
     convert_dinov2,
@@ -38,6 +40,7 @@ SIGLIP = TimmFamily(
     hugging_face=convert_siglip,
     activation="gelu_tanh",  # timm has the exact form for some members
 )
+DINO = TimmFamily(Preprocessing(*_IMAGENET, "bicubic"), pooling="class", hugging_face=convert_mae)
 DINOV2 = TimmFamily(Preprocessing(*_IMAGENET, "bicubic"), pooling="class", hugging_face=convert_dinov2)
 DINOV2_GIANT = replace(DINOV2, packed_gate=True)
 DINOV2_REGISTERS = replace(DINOV2, antialias_positions=True)
@@ -89,6 +92,7 @@ ENCODERS: dict[str, Entry] = {
     "siglip-large-patch16-384": Entry(SIGLIP, "vit_large_patch16_siglip_384.webli"),
     "siglip-so400m-patch14-224": Entry(SIGLIP, "vit_so400m_patch14_siglip_224.webli"),
     "siglip-so400m-patch14-384": Entry(SIGLIP, "vit_so400m_patch14_siglip_378.webli"),
+    "dino-small-patch16": Entry(DINO, "vit_small_patch16_224.dino"),
     "dinov2-small": Entry(DINOV2, "vit_small_patch14_dinov2.lvd142m"),
     "dinov2-base": Entry(DINOV2, "vit_base_patch14_dinov2.lvd142m"),
     "dinov2-large": Entry(DINOV2, "vit_large_patch14_dinov2.lvd142m"),
@@ -144,14 +148,18 @@ def build_encoder(
     entry = ENCODERS.get(config.name)
     if entry is None:
         raise ValueError(f"unknown encoder {config.name!r}; known: {', '.join(ENCODERS)}")
-    state = None if weights is None else _find_weights(config, entry, weights)
-    encoder = _build(config, entry)
-    if state is not None:
-        if next(encoder.parameters()).is_meta:
+    if weights is None:
+        encoder = _build(config, entry)
+    else:
+        state = _find_weights(config, entry, weights)
+        device = torch.get_default_device()
+        if device.type == "meta":
             raise ValueError(
                 f"encoder {config.name}: the meta device holds no weights; build it with weights=None"
             )
-        encoder.load_state_dict(encoder.adapt(state))
+        with without_parameters():
+            encoder = _build(config, entry)
+        fill(encoder, encoder.adapt(state), device)
     return encoder.eval().requires_grad_(False)
 
 

@@ -1,8 +1,8 @@
 """What every frozen foundation model of this package has in common.
 
 In: images [B, 3, H, W], float in [-1, 1] or uint8. Out: `Features`, float32. In between, in this order: to
-[0, 1], resize by `scale_factor`, subtract the family's mean and divide by its std, run the model without
-gradients.
+[0, 1], resize by `scale_factor`, subtract the family's mean and divide by its std, run the model; without
+gradients, unless the caller asks for those of the images or the parameters are to be trained.
 
 Legend for shape comments: B batch, H W image, h w token grid, N = h*w patch tokens, C encoder width.
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, NamedTuple
@@ -26,6 +27,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vfmvae.serialization import check_fields
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -46,6 +49,7 @@ class ViTConfig:
     mlp_width: int
 
     def __post_init__(self) -> None:
+        check_fields(self, "encoder.vit")
         if min(self.width, self.depth, self.heads, self.patch_size, self.image_size, self.mlp_width) < 1:
             raise ValueError(f"every dimension of a ViTConfig must be at least 1, got {self}")
         if self.width % self.heads:
@@ -76,6 +80,7 @@ class EncoderConfig:
     vit: ViTConfig | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, "encoder")
         if not self.layers:
             raise ValueError(f"encoder {self.name}: layers is empty; name at least one, for example (-1,)")
         if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
@@ -83,7 +88,7 @@ class EncoderConfig:
 
 
 class Features(NamedTuple):
-    """What a frozen encoder says about a batch of images; everything float32 and without gradient."""
+    """What an encoder says about a batch of images; everything float32."""
 
     layers: list[Tensor]  # one [B, N, C] per requested layer, patch tokens in raster order
     grid: tuple[int, int]  # (rows, columns), N = rows * columns
@@ -116,12 +121,27 @@ def resolve_layers(layers: Collection[int], depth: int) -> tuple[int, ...]:
     return tuple(index if index >= 0 else index + depth + 2 for index in layers)
 
 
+def _per_channel(values: tuple[float, float, float], like: Tensor) -> Tensor:
+    """[3, 1, 1] beside `like`, filled there: copying a list to a GPU makes the host wait."""
+    return torch.stack([torch.full((1, 1), value, dtype=like.dtype, device=like.device) for value in values])
+
+
+def own_precision(device: torch.device, bfloat16: bool) -> AbstractContextManager[object]:
+    """bfloat16 autocast on CUDA, or as asked, whatever surrounds it: features are a fixed target."""
+    if not torch.amp.is_autocast_available(device.type):  # meta
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16 or device.type == "cuda")
+
+
 class FrozenEncoder(nn.Module):
-    """A foundation model that is looked at and never trained.
+    """A foundation model that is looked at, and trained only where its parameters require gradients.
 
     Subclasses build the model and give `tokens`; this class owns everything around it. The module stays in
-    eval mode whatever `train()` is called with, and `forward` records no gradient.
+    eval mode whatever `train()` is called with.
     """
+
+    always_bfloat16: bool = False
+    """Run under bfloat16 autocast on every device, not on CUDA alone."""
 
     def __init__(
         self,
@@ -160,23 +180,26 @@ class FrozenEncoder(nn.Module):
         rows, columns = (self._scaled(side, name) for side, name in ((height, "height"), (width, "width")))
         return rows // self.patch_size, columns // self.patch_size
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor, image_gradients: bool = False) -> Features:
         """Features of images [B, 3, H, W], float in [-1, 1] or uint8, of any size that divides into patches.
 
-        On CUDA the model runs under bfloat16 autocast, elsewhere in the dtype of its weights; the result is
-        float32.
+        The model runs under bfloat16 autocast on CUDA, with `always_bfloat16` elsewhere too, otherwise in the
+        dtype of its weights; the result is float32. A graph is recorded where a parameter requires a
+        gradient, and with `image_gradients`, which is for losses that read images through the frozen model;
+        else there is none, whatever the images require.
 
         Raises:
             ValueError: wrong shape or dtype, or a size that does not divide (the message names the multiple).
         """
-        pixels = self.prepare(images)
-        # Features are a fixed target: the surrounding precision must not change them.
-        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=pixels.is_cuda):
-            outputs, pooled = self.tokens(pixels, set(self._positions))
-        layers = [outputs[position].float() for position in self._positions]
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (image_gradients or trained)):
+            pixels = self.prepare(images)
+            with own_precision(pixels.device, self.always_bfloat16):
+                outputs, pooled = self.tokens(pixels, set(self._positions))
+            layers = [outputs[position].float() for position in self._positions]
+            pooled = pooled.float()
         grid = (pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size)
-        return Features(layers, grid, pooled.float())
+        return Features(layers, grid, pooled)
 
     def prepare(self, images: Tensor) -> Tensor:
         """The model's own input: resized, normalised, in the dtype of the weights. Errors as in `forward`."""
@@ -194,8 +217,8 @@ class FrozenEncoder(nn.Module):
             shrinks = size[0] < images.shape[-2] or size[1] < images.shape[-1]
             mode = self.preprocessing.interpolation
             images = F.interpolate(images, size, mode=mode, align_corners=False, antialias=shrinks)
-        mean = images.new_tensor(self.preprocessing.mean).view(3, 1, 1)
-        std = images.new_tensor(self.preprocessing.std).view(3, 1, 1)
+        mean = _per_channel(self.preprocessing.mean, images)
+        std = _per_channel(self.preprocessing.std, images)
         return ((images - mean) / std).to(next(self.parameters()).dtype)
 
     def tokens(self, pixels: Tensor, wanted: set[int]) -> tuple[dict[int, Tensor], Tensor]:
@@ -211,7 +234,7 @@ class FrozenEncoder(nn.Module):
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> FrozenEncoder:
-        """Does nothing: a frozen encoder stays in eval mode."""
+        """Does nothing: an encoder stays in eval mode, also where it is trained."""
         del mode
         super().train(False)
         return self

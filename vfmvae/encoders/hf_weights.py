@@ -69,7 +69,6 @@ def convert_siglip(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     own = _rename(state, "embeddings.patch_embedding.weight", names, beside)
     if own is None:
         return None
-    _fuse_qkv(own)
     if "pos_embed" in own:
         own["pos_embed"] = own["pos_embed"].unsqueeze(0)
     for kind in ("weight", "bias"):
@@ -93,7 +92,6 @@ def convert_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     own = _rename(state, "embeddings.patch_embedding.weight", names, beside)
     if own is None:
         return None
-    _fuse_qkv(own)
     if "pos_embed" in own:
         own["pos_embed"] = own["pos_embed"].unsqueeze(0)
     if "cls_token" in own:
@@ -114,7 +112,6 @@ def convert_dinov2(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     own = _rename(state, "embeddings.patch_embeddings.projection.weight", names, ("classifier.",))
     if own is None:
         return None
-    _fuse_qkv(own)
     _fuse(own, ("mlp.gate", "mlp.up"), "mlp.fc1")
     if {"reg_token", "cls_token", "pos_embed"} <= own.keys():
         # timm keeps no position for prefix tokens here; that of the class token is added beforehand.
@@ -135,7 +132,6 @@ def convert_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     own = _rename(state, "embeddings.patch_embeddings.weight", names, ("classifier.",))
     if own is None:
         return None
-    _fuse_qkv(own)
     gated = any(".mlp.gate." in name for name in own)
     names_in_eva = {
         "ls1.gamma": "gamma_1",
@@ -158,17 +154,14 @@ def convert_mae(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         "embeddings.patch_embeddings.projection": "patch_embed.proj",
         "layernorm": "norm",
     }
-    own = _rename(state, "embeddings.patch_embeddings.projection.weight", names, ("decoder.",))
-    if own is None:
-        return None
-    _fuse_qkv(own)
-    return own
+    return _rename(state, "embeddings.patch_embeddings.projection.weight", names, ("decoder.",))
 
 
 def _rename(
     state: Mapping[str, Tensor], anchor: str, names: Mapping[str, str], beside: tuple[str, ...]
 ) -> dict[str, Tensor] | None:
-    """`state` with translated names. `anchor` is a name that tells the encoder's prefix; without it, None.
+    """`state` with translated names; query, key and value fused. `anchor` is a name that tells the encoder's
+    prefix; without it, None.
 
     `names` translates modules (their weight and bias follow) and single tensors outside the blocks; the block
     table is common. Names that begin with one of `beside`, outside the encoder, are left out.
@@ -186,6 +179,7 @@ def _rename(
         translated = _translate(inner, names)
         if translated != _LEFT_OUT:
             renamed[translated or name] = tensor
+    _fuse(renamed, ("attn.q", "attn.k", "attn.v"), "attn.qkv")
     return renamed
 
 
@@ -199,10 +193,6 @@ def _translate(name: str, names: Mapping[str, str]) -> str | None:
         return names[name]
     module, _, kind = name.rpartition(".")
     return f"{names[module]}.{kind}" if module in names and kind in ("weight", "bias") else None
-
-
-def _fuse_qkv(state: dict[str, Tensor]) -> None:
-    _fuse(state, ("attn.q", "attn.k", "attn.v"), "attn.qkv")
 
 
 def _fuse(state: dict[str, Tensor], parts: tuple[str, ...], whole: str) -> None:

@@ -161,7 +161,7 @@ def _tower(vit: ViTConfig) -> Any:
         if error.name is None or not error.name.startswith("transformers"):
             raise
         raise ImportError(
-            "the Qwen2.5-VL encoders need the package transformers: pip install transformers"
+            'the Qwen2.5-VL encoders need the package transformers: pip install "vfmvae[qwen]"'
         ) from error
     config = Qwen2_5_VLVisionConfig(
         hidden_size=vit.width,

@@ -84,9 +84,17 @@ class TimmEncoder(FrozenEncoder):
         )
         self.family = family
         self.trunk = trunk
+        self.image_size: int = trunk.patch_embed.img_size[0]  # that the position embedding is made for
+        self.has_class_token: bool = trunk.cls_token is not None
 
     def tokens(self, pixels: Tensor, wanted: set[int]) -> tuple[dict[int, Tensor], Tensor]:
-        trunk, prefix = self.trunk, self.trunk.num_prefix_tokens
+        outputs, last = self.all_tokens(pixels, wanted)
+        prefix = self.trunk.num_prefix_tokens
+        return {position: outputs[position][:, prefix:] for position in wanted}, self._pool(last)
+
+    def all_tokens(self, pixels: Tensor, wanted: set[int]) -> tuple[dict[int, Tensor], Tensor]:
+        """({position: [B, prefix + N, C]}, those after the final norm); a class token, if any, is first."""
+        trunk = self.trunk
         x = trunk.patch_embed.proj(pixels)  # [B, C, h, w]
         grid = (x.shape[-2], x.shape[-1])
         x = self._with_positions(x.flatten(2).transpose(1, 2), grid)  # [B, prefix + N, C]
@@ -100,7 +108,7 @@ class TimmEncoder(FrozenEncoder):
                 outputs[index] = x
         x = trunk.norm(x)
         outputs[self.depth + 1] = x
-        return {position: outputs[position][:, prefix:] for position in wanted}, self._pool(x)
+        return outputs, x
 
     def adapt(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State dicts in the format of timm, of the original publication, or of Hugging Face."""

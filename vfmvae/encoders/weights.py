@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import struct
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants as hub
@@ -21,6 +24,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from vfmvae.atomic import reason
 
 # In order of preference; an index names the shards that lie beside it.
 WEIGHT_FILES = (
@@ -33,6 +38,19 @@ WEIGHT_FILES = (
     "open_clip_pytorch_model.bin",
 )
 _HUB_TIMEOUT_S = 5
+# What the readers raise, depending on where a file ends or what a changed byte meant.
+_DAMAGE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # What training scripts wrap around a state dict.
 _WRAPPERS = ("model_ema", "model", "module", "state_dict")
 
@@ -118,23 +136,48 @@ def read_file(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: see `read_weights`.
     """
+    return unwrap(read_content(path), str(path))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors file, on the CPU, whatever its suffix. Errors as `read_content`."""
+    return _read(path, "safetensors file", load_file)
+
+
+def read_content(path: Path) -> Any:
+    """What one .safetensors or torch file holds, on the CPU, as it was saved.
+
+    Raises:
+        ValueError: the file is missing, may not be read, is truncated or damaged, or is a pickle with more
+            than tensors in it.
+    """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return _read(path, "torch file", lambda file: torch.load(file, map_location="cpu", weights_only=True))
+
+
+def _read(path: Path, kind: str, load: Callable[[Path], Any]) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist or is no file")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file, or is truncated ({error})") from error
-    except pickle.UnpicklingError as error:
+        size = path.stat().st_size
+        path.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {reason(error)}") from error
+    try:
+        return load(path)
+    except _DAMAGE as error:
+        # The restricted unpickler stops at the first name that it does not know, or that is cut short.
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        if forbidden and isinstance(error, pickle.UnpicklingError):
+            raise ValueError(
+                f"{path} was refused: it holds more than tensors ({forbidden[1]}), so opening it could run "
+                f"code; save its state dict as .safetensors where you trust it, or copy the file again if it "
+                f"is truncated or damaged"
+            ) from error
         raise ValueError(
-            f"{path} was refused: it is truncated, or a pickle with more than tensors in it, which could run "
-            f"code when opened; save its state dict as .safetensors where you trust it"
+            f"{path} ({size} bytes) is truncated or damaged, or not a {kind}; copy or download it again"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        cause = str(error).strip().splitlines()
-        raise ValueError(
-            f"{path} is not a readable torch file, or is truncated ({cause[0] if cause else 'it ends early'})"
-        ) from error
-    return unwrap(content, str(path))
 
 
 def unwrap(content: object, origin: str) -> dict[str, Tensor]:
