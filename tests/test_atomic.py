@@ -91,6 +91,29 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         write_atomically(tmp_path / "file" / "config.json", lambda partial: partial.write_text("x"))
 
 
+def test_folders_that_a_failed_write_made_are_removed(tmp_path: Path) -> None:
+    def write(partial: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="could not write"):
+        write_atomically(tmp_path / "a" / "b" / "file", write)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError, match="could not write"):
+        write_atomically(tmp_path / "a" / "b" / "file", write)
+    assert os.listdir(tmp_path) == ["a"], "what was there before stays, though it is empty"
+
+
+def test_folders_that_others_use_by_now_stay(tmp_path: Path) -> None:
+    def write(partial: Path) -> None:
+        (partial.parent / "other").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a" / "b" / "file", write)
+    assert os.listdir(tmp_path / "a" / "b") == ["other"]
+
+
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:
     with replacing(tmp_path / "killed") as (partial,):
         partial.write_text("half")

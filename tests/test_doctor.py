@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,24 @@ def test_present_broken_and_crashing_packages(doctor) -> None:
     assert "second line" not in report["flash-attn"]
     assert "broken" in report["apex"] and "signal 6" in report["apex"]
     assert "broken" in report["Triton"] and "exit code 3" in report["Triton"]
+
+
+def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vfmvae.doctor", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_help_shows_an_example() -> None:
+    process = run_doctor("--help")
+    assert process.returncode == 0 and "Example: python -m vfmvae.doctor" in process.stdout
+    assert "accelerated parts" not in process.stdout
+
+
+@pytest.mark.parametrize("argument", ["--verbose", "everything"])
+def test_unknown_arguments_are_refused(argument: str) -> None:
+    process = run_doctor(argument)
+    assert process.returncode == 2 and f"{argument}; options: --help" in process.stderr
+    assert process.stdout == ""
 
 
 def test_another_package_of_the_same_name_is_not_taken_for_the_part(doctor) -> None:

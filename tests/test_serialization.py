@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
-from vfmvae.serialization import from_dict, read_json, to_json
+from vfmvae.serialization import check_fields, from_dict, read_json, to_json
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,21 @@ class Outer:
     def __post_init__(self) -> None:
         if self.rate < 0:
             raise ValueError(f"rate is {self.rate}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class Checked:
+    count: int = 1
+    rate: float = 0.5
+    on: bool = False
+    kind: Literal["a", "b"] = "a"
+    name: str | None = None
+    many: tuple[int, ...] = ()
+    inner: Inner = field(default_factory=Inner)
+    all: tuple[Inner, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, "part")
 
 
 def test_json_gives_the_same_object_back(tmp_path: Path) -> None:
@@ -83,6 +99,37 @@ def test_what_does_not_fit_is_named(data: Any, message: str) -> None:
     with pytest.raises(ValueError) as error:
         from_dict(Outer, data, "file")
     assert str(error.value) == message
+
+
+def test_values_given_in_python_are_held_to_the_same_types() -> None:
+    assert Checked(2, 0.25, True, "b", "x", (1, 2), Inner(3), (Inner(4),)).all == (Inner(4),)
+    taken = Checked(count=np.int64(3), rate=2, many=[1, np.int32(2)], all=[{"width": 4}])
+    assert taken == Checked(3, 2.0, many=(1, 2), all=(Inner(4),))
+    assert [type(v) for v in (taken.count, taken.rate, *taken.many)] == [int, float, int, int]
+    assert type(Checked(rate=np.float64(0.5)).rate) is type(Checked(rate=np.float32(0.5)).rate) is float
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": "8"}, 'part.count is "8"; needed is a whole number'),
+        ({"count": 8.0}, "part.count is 8.0; needed is a whole number"),
+        ({"count": True}, "part.count is true; needed is a whole number"),
+        ({"rate": True}, "part.rate is true; needed is a number"),
+        ({"on": 1}, "part.on is 1; needed is true or false"),
+        ({"kind": "c"}, 'part.kind is "c"; needed is one of a, b'),
+        ({"name": Path("x")}, f"part.name is {Path('x')!r}; needed is a string"),
+        ({"many": 5}, "part.many is 5; needed is a list"),
+        ({"many": (1, "x")}, 'part.many[1] is "x"; needed is a whole number'),
+        ({"inner": None}, "part.inner is null; needed is an object with fields"),
+        ({"inner": Needy(1, 2)}, "part.inner is Needy(width=1, depth=2, heads=1); needed is an object"),
+        ({"all": (Inner(), 1)}, "part.all[1] is 1; needed is an object with fields"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Checked(**change)
+    assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,13 @@ _SUFFIX = ".partial"
 def replacing(*paths: Path) -> Iterator[list[Path]]:
     """Give a temporary path for each of `paths` (one folder); on success they take the final names, in order.
 
-    On failure the temporary files are removed, earlier files stay as they were, and an I/O error is raised
-    again as OSError with a sentence that names the file.
+    Missing folders are made. On failure they and the temporary files are removed, earlier files stay as they
+    were, and an I/O error is raised again as OSError with a sentence that names the file.
     """
     folder = paths[0].parent
+    missing = [parent for parent in (folder, *folder.parents) if not os.path.exists(parent)]
     temporary: list[Path] = []
+    done = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in paths:
@@ -34,12 +36,15 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
             os.chmod(partial, 0o666 & ~_umask())
         for partial, path in zip(temporary, paths, strict=True):
             os.replace(partial, path)
+        done = True
     except (OSError, SafetensorError) as error:
         names = ", ".join(str(path) for path in paths)
         raise OSError(f"could not write {names}: {reason(error)}; nothing was changed there") from None
     finally:
         for partial in temporary:
             partial.unlink(missing_ok=True)
+        if not done:
+            _remove_empty(missing)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -58,6 +63,13 @@ def remove_leftovers(folder: Path) -> None:
 def reason(error: Exception) -> str:
     """What went wrong in a few words, without the file name and the error number that OSError adds."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove those of `folders` that are there and empty; the innermost comes first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _flush_to_disk(path: Path) -> None:

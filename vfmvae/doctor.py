@@ -1,7 +1,5 @@
 """Prints what can run fast here: every accelerated part, found or not, and what is used instead.
 
-    python -m vfmvae.doctor
-
 Packages are imported in processes of their own, so one that is broken, or even crashes, becomes a row of the
 table. The exit code is 0: nothing in the table is required.
 """
@@ -21,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import vfmvae
+from vfmvae.cli import command, parse
 
 State = Literal["yes", "no", "broken"]
 COLOURS: dict[State, str] = {"yes": "green", "no": "yellow", "broken": "red"}
@@ -74,6 +73,11 @@ class Part:
     state: State
     version: str
     note: str
+
+
+@dataclass
+class Doctor:
+    """Say what can run fast here, and what is used instead of the rest. Example: python -m vfmvae.doctor"""
 
 
 def inspect_parts() -> list[Part]:
@@ -178,7 +182,9 @@ def _import_elsewhere(module: str) -> tuple[State, str]:
     return state, line
 
 
+@command
 def main() -> None:
+    parse(Doctor, "doctor")
     print_report(Console())
 
 

@@ -14,6 +14,12 @@ not pass.
 """
 
 
+_NEEDED = (
+    "[B, 3, H, W], uint8 or float in [-1, 1] (from an RGB picture:"
+    " torch.from_numpy(numpy.array(picture)).permute(2, 0, 1)[None])"
+)
+
+
 def to_unit(images: Tensor) -> Tensor:
     """uint8 images [..., 3, H, W] to float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1, both exactly.
 
@@ -38,6 +44,13 @@ def to_uint8(images: Tensor) -> Tensor:
     return scaled.nan_to_num_(nan=0.0).clamp_(0.0, 255.0).round_().to(torch.uint8)
 
 
+def check_is_tensor(value: object, name: str, layout: str) -> None:
+    """ValueError unless `value` is a tensor; `layout` says which one is needed."""
+    if not isinstance(value, Tensor):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        raise ValueError(f"{name} must be a torch.Tensor, {layout}; this is a {kind}")
+
+
 def check_images(images: Tensor, multiple: int = 1) -> Tensor:
     """Images as float in [-1, 1], or a ValueError that names what is wrong: layout, range, NaN, size.
 
@@ -59,6 +72,7 @@ def check_images(images: Tensor, multiple: int = 1) -> Tensor:
 
 def check_image_shape(images: Tensor, multiple: int = 1) -> None:
     """ValueError unless images are [B, 3, H, W], uint8 or float, with H and W multiples of `multiple`."""
+    check_is_tensor(images, "images", _NEEDED)
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
         raise ValueError(f"images have shape {tuple(images.shape)}; needed is [B, 3, H, W] with B at least 1")
     if images.dtype != torch.uint8 and not images.is_floating_point():

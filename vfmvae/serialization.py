@@ -1,5 +1,5 @@
 """Config dataclasses to JSON and back, strictly: an unknown key or a value that does not fit is an error that
-names the place and lists what fits.
+names the place and lists what fits. `check_fields` holds values given in Python to the same types.
 
 Fields may be dataclasses, int, float, bool, str, None, Literals, tuples of these, and unions of these.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 T = TypeVar("T")
 
 _PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+_NUMBERS = {int: numbers.Integral, float: numbers.Real}
 
 
 def to_json(config: Any) -> str:
@@ -33,6 +35,19 @@ def from_dict(cls: type[T], data: object, where: str) -> T:
         return _dataclass(cls, data, "")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def check_fields(config: Any, place: str = "") -> None:
+    """Hold every field of a config dataclass to its annotation; the first line of a `__post_init__`.
+
+    What `from_dict` would convert is converted, also in a frozen dataclass: a list becomes a tuple, a whole
+    number a float where one is needed. Raises ValueError that names the field, below `place`, and what fits.
+    """
+    hints = get_type_hints(type(config))
+    prefix = f"{place}." if place else ""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        object.__setattr__(config, field.name, _value(hints[field.name], value, f"{prefix}{field.name}"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,11 +97,12 @@ def _value(hint: Any, value: object, place: str) -> Any:
     if origin is tuple:
         return _tuple(arguments, value, place)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _dataclass(hint, value, place)
+        return value if isinstance(value, hint) else _dataclass(hint, value, place)
     if type(value) is hint:
         return value
-    if hint is float and type(value) is int:
-        return float(value)
+    # A number of NumPy is as good as one of Python; only bool is no number.
+    if hint in _NUMBERS and isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool):
+        return hint(value)
     assert hint in _PLAIN, f"{place}: fields of type {hint} cannot be read"
     raise _misfit(value, _PLAIN[hint], place)
 
@@ -110,4 +126,8 @@ def _tuple(items: tuple[Any, ...], value: object, place: str) -> tuple[Any, ...]
 
 
 def _misfit(value: object, needed: str, place: str) -> ValueError:
-    return ValueError(f"{place + ' is ' if place else 'found '}{json.dumps(value)}; needed is {needed}")
+    try:
+        shown = json.dumps(value)
+    except TypeError:  # not from a JSON file
+        shown = repr(value)
+    return ValueError(f"{place + ' is ' if place else 'found '}{shown}; needed is {needed}")

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+from torch import Tensor
 
+from tests.helpers import assert_kernel_close
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
+from vfmvae.ops.conv import _depthwise_weight_gradient
+
+requires_extension = pytest.mark.skipif(find_spec("vfmvae._C") is None, reason="vfmvae._C is not built")
 
 
 def test_depthwise_is_a_sum_over_the_window() -> None:
@@ -33,6 +40,82 @@ def test_depthwise_agrees(shape: tuple[int, ...], size: int) -> None:
         torch.randn(shape[2:]),
     ]
     assert_agrees(ops.depthwise_conv2d, inputs)
+    assert_agrees(ops.depthwise_conv2d, inputs, fused="channels_last")
+
+
+@requires_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [3, 5, 7])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 16, 6, 9),
+        (1, 5, 7, 3),
+        (3, 33, 1, 1),  # the whole map is smaller than the window
+        (2, 48, 2, 1),
+        (5, 17, 20, 4),  # more rows than a band has
+    ],
+    ids=str,
+)
+def test_compiled_depthwise_gradients(
+    shape: tuple[int, ...], size: int, dtype: torch.dtype, poisoned_empty: None
+) -> None:
+    channels = shape[1]
+    x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    weight, bias = torch.randn(channels, 1, size, size), torch.randn(channels)
+
+    def run(fused: bool | str, wide: bool = False) -> list[Tensor]:
+        inputs = [t.double() if wide else t.clone() for t in (x, weight, bias)]
+        y = ops.depthwise_conv2d(*[t.requires_grad_() for t in inputs], fused=fused)
+        return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(y.dtype))]
+
+    compiled, eager, truth = run("cpu"), run(False), run(False, wide=True)
+    for what, *results in zip(
+        ("output", "grad of x", "grad of weight", "grad of bias"), compiled, eager, truth, strict=True
+    ):
+        assert_kernel_close(*results, what)
+
+
+@requires_extension
+def test_the_number_of_threads_does_not_show_in_depthwise_gradients() -> None:
+    # Large enough for two threads, and for the rows to be cut into bands.
+    x, weight = torch.randn(2, 40, 40, 36), torch.randn(40, 1, 7, 7, requires_grad=True)
+
+    def gradient(threads: int) -> Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return torch.autograd.grad(ops.depthwise_conv2d(x, weight, fused="cpu").sum(), weight)[0]
+        finally:
+            torch.set_num_threads(before)
+
+    assert torch.equal(gradient(1), gradient(2))
+
+
+@requires_extension
+def test_a_frozen_weight_gets_no_gradient_and_the_input_does() -> None:
+    x = torch.randn(1, 4, 5, 5, requires_grad=True)
+    weight, bias = torch.randn(4, 1, 3, 3), torch.randn(4, requires_grad=True)
+    of_x, of_bias = torch.autograd.grad(ops.depthwise_conv2d(x, weight, bias, fused="cpu").sum(), (x, bias))
+    torch.testing.assert_close(of_bias, torch.full((4,), 25.0))
+    (expected,) = torch.autograd.grad(ops.depthwise_conv2d(x, weight, fused=False).sum(), x)
+    torch.testing.assert_close(of_x, expected)
+
+
+@requires_extension
+def test_the_depthwise_gradient_is_an_operation_that_torch_knows() -> None:
+    x, grad = torch.randn(2, 2, 5, 6, 4).permute(0, 1, 4, 2, 3)
+    torch.library.opcheck(_depthwise_weight_gradient, (x, grad, 3))
+
+
+@requires_extension
+def test_what_the_compiled_depthwise_refuses_is_said() -> None:
+    for x, size, sentence in (
+        (torch.randn(1, 2, 4, 4, dtype=torch.float16), 3, "not torch.float16"),
+        (torch.randn(1, 2, 4, 4), 9, "kernel sizes 3, 5, 7, not 9"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            ops.depthwise_conv2d(x, torch.randn(2, 1, size, size), fused="cpu")
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 6, 6), (1, 5, 7, 3)])

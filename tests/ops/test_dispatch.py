@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vfmvae.ops import native
 from vfmvae.ops.dispatch import Implementation, Op, always
 
 
@@ -67,3 +71,45 @@ def test_each_choice_is_logged_once_with_what_was_refused(caplog: pytest.LogCapt
         "double: picky",
         "double: reference (picky: 30 is too large; never: it never works)",
     ]
+
+
+def make_accelerated_op() -> Op:
+    def why_not(x: Tensor) -> str | None:
+        return "it takes no float64" if x.dtype == torch.float64 else native.why_no_triton(x)
+
+    return Op(
+        "double",
+        lambda x: 2 * x,
+        (Implementation("triton", lambda x: x + x, why_not), Implementation("gemm", lambda x: x * 2, always)),
+    )
+
+
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_has_triton", lambda: False)
+    monkeypatch.setattr(native, "_not_built", lambda: "vfmvae._C is not built")
+
+
+@pytest.mark.usefixtures("no_triton")
+def test_a_part_that_the_installation_lacks_is_a_warning_on_cuda_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+    op = make_accelerated_op()
+    for _ in range(2):
+        op.choose(True, x)
+    assert caplog.messages == [
+        "fused double runs as 'gemm', which is slower here (triton: the package triton is not installed)"
+    ]
+    assert caplog.records[0].levelname == "WARNING" and caplog.records[0].name == "vfmvae.ops"
+
+
+@pytest.mark.usefixtures("no_triton")
+def test_the_cpu_and_unfit_arguments_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda", dtype=torch.float64)
+    with caplog.at_level(logging.INFO, logger="vfmvae.ops"):
+        make_accelerated_op().choose(True, x)
+        make_accelerated_op()(True, torch.ones(2))
+    assert caplog.messages == []

@@ -92,11 +92,51 @@ def test_uniform_assignments_have_the_lowest_entropy_loss() -> None:
 
 
 def test_bad_values_are_named() -> None:
-    with pytest.raises(ValueError, match="bottleneck.kind is 'vq'"):
+    with pytest.raises(ValueError, match='bottleneck.kind is "vq"; needed is one of gaussian, discrete'):
         BottleneckConfig("vq")
     with pytest.raises(ValueError, match="10 codes cannot be divided over 3 codebooks"):
         BottleneckConfig("discrete", codebooks=3, codes=10)
     with pytest.raises(ValueError, match="7 latent channels cannot be cut into 2"):
         DiscreteBottleneck(BottleneckConfig("discrete", codebooks=2), channels=7)
-    with pytest.raises(ValueError, match="indices have shape"):
-        discrete().lookup(torch.zeros(1, 3, 2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (torch.zeros(1, 3, 2, 2, dtype=torch.int64), r"shape \(1, 3, 2, 2\); needed is \[B, 2, h, w\]"),
+        (torch.zeros(2, 2, 2, dtype=torch.int64), r"shape \(2, 2, 2\); needed is \[B, 2, h, w\]"),
+        (torch.zeros(0, 2, 2, 2, dtype=torch.int64), r"shape \(0, 2, 2, 2\); needed"),
+        (torch.zeros(1, 2, 2, 2), "dtype torch.float32; needed is an integer dtype"),
+        (torch.zeros(1, 2, 2, 2, dtype=torch.bool), "dtype torch.bool; needed is an integer dtype"),
+        (torch.full((1, 2, 2, 2), 5), r"indices go from 5 to 5; each codebook has the codes 0\.\.4"),
+        (torch.arange(8).view(1, 2, 2, 2) - 1, "indices go from -1 to 6"),
+        ([[0, 1]], r"indices must be a torch.Tensor, \[B, 2, h, w\] of integers; this is a list"),
+    ],
+)
+def test_bad_indices_are_named(indices: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        discrete().lookup(indices)
+
+
+def test_lookup_takes_the_integers_that_indices_are_stored_in() -> None:
+    bottleneck, indices = discrete(), torch.randint(5, (2, 2, 3, 3))
+    for dtype in (torch.uint8, torch.int16, torch.uint16, torch.int32):
+        assert torch.equal(bottleneck.lookup(indices.to(dtype)), bottleneck.lookup(indices))
+
+
+def test_a_generator_draws_on_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    posterior, randn, devices = Posterior(torch.randn(2, 8, 2, 2, device="meta")), torch.randn, []
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: devices.append(str(k["device"])) or randn(*a, **k))
+    assert posterior.sample(generator=torch.Generator("cpu")).device.type == "meta"
+    assert posterior.sample().device.type == "meta"
+    assert devices == ["cpu", "meta"]
+
+
+def test_variance_and_deviation_are_those_of_the_normal_distribution() -> None:
+    posterior = Posterior(torch.randn(2, 8, 2, 2))
+    normal = torch.distributions.Normal(posterior.mean, posterior.std)
+    torch.testing.assert_close(posterior.var, normal.variance)
+    torch.testing.assert_close(
+        posterior.kl(),
+        torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum(dim=(1, 2, 3)),
+    )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -39,9 +40,35 @@ def test_every_variant_survives(tmp_path: Path, changes: dict) -> None:
 
 def test_a_training_runs_config_is_read_too(saved: tuple[Tokenizer, Path]) -> None:
     tokenizer, path = saved
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({"tokenizer": config, "steps": 5}))
+    run = {"tokenizer": dataclasses.asdict(tokenizer.config), "steps": 5}
+    (path / "config.json").write_text(json.dumps(run))
     assert vfmvae.load(path).config == tokenizer.config
+
+
+def test_the_format_is_written_and_newer_ones_are_refused(saved: tuple[Tokenizer, Path]) -> None:
+    tokenizer, path = saved
+    config = json.loads((path / "config.json").read_text())
+    assert config.pop("format") == 1
+    (path / "config.json").write_text(json.dumps(config))  # as the first files were
+    assert vfmvae.load(path).config == tokenizer.config
+    for version in (2, 0, "1", True):
+        (path / "config.json").write_text(json.dumps({"format": version, **config}))
+        with pytest.raises(ValueError, match=rf"config.json has format {version!r}.* reads formats up to 1"):
+            vfmvae.load(path)
+
+
+def test_paths_of_this_machine_are_not_saved(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    save_file(tokenizer.encoder.state_dict(), tmp_path / "weights.safetensors")
+    config = tiny_config()
+    local = dataclasses.replace(config.encoder, weights=str(tmp_path / "weights.safetensors"))
+    Tokenizer(dataclasses.replace(config, encoder=local)).save(tmp_path / "saved")
+    assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()
+    (tmp_path / "weights.safetensors").unlink()
+    loaded = vfmvae.load(tmp_path / "saved")
+    assert loaded.config.encoder.weights is None
+    for name, tensor in tokenizer.encoder.state_dict().items():
+        assert torch.equal(loaded.encoder.state_dict()[name], tensor), name
 
 
 def test_saving_again_replaces_both_files(saved: tuple[Tokenizer, Path]) -> None:
@@ -80,7 +107,7 @@ def test_damaged_files_are_named(saved: tuple[Tokenizer, Path]) -> None:
     model = path / "model.safetensors"
     whole = model.read_bytes()
     model.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+    with pytest.raises(ValueError, match="model.safetensors .*is truncated or damaged"):
         vfmvae.load(path)
     model.unlink()
     with pytest.raises(ValueError, match="model.safetensors does not exist"):

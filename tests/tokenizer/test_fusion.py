@@ -93,7 +93,7 @@ def test_maps_and_tokens_are_views_of_each_other() -> None:
 
 
 def test_bad_values_are_named() -> None:
-    with pytest.raises(ValueError, match="fusion.compress is 'mlp'"):
+    with pytest.raises(ValueError, match='fusion.compress is "mlp"; needed is one of attention, conv'):
         FusionConfig(compress="mlp")
     with pytest.raises(ValueError, match="width 7 cannot be divided into 2 heads"):
         AttentionProjection(7, 3)

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
 
 from tests.tokenizer.tiny import DISCRETE, VIT, tiny_config, tiny_tokenizer
-from vfmvae.encoders import EncoderConfig
+from vfmvae.encoders import EncoderConfig, ViTConfig
 from vfmvae.images import to_unit
-from vfmvae.tokenizer import FusionConfig, Tokenizer, TokenizerConfig
+from vfmvae.tokenizer import AlignmentConfig, BottleneckConfig, FusionConfig, Tokenizer, TokenizerConfig
 
 
 def images(batch: int = 2, height: int = 64, width: int = 64) -> torch.Tensor:
@@ -89,8 +93,22 @@ def test_discrete_tokenizer_decodes_from_indices() -> None:
     tokenizer = tiny_tokenizer(tiny_config(bottleneck=DISCRETE)).eval()
     posterior = tokenizer.encode(images())
     assert posterior.indices.shape == (2, 2, 4, 4)
-    again = tokenizer.decode(tokenizer.bottleneck.lookup(posterior.indices))
+    again = tokenizer.decode_indices(posterior.indices)
+    assert torch.equal(tokenizer.decode_indices(posterior.indices.to(torch.int32)), again)
+    assert torch.equal(tokenizer.decode(posterior.codes), again)
     torch.testing.assert_close(again, tokenizer.decode(posterior.sample()), atol=1e-4, rtol=1e-4)
+
+
+def test_indices_that_cannot_be_decoded_are_named() -> None:
+    tokenizer = tiny_tokenizer(tiny_config(bottleneck=DISCRETE)).eval()
+    with pytest.raises(ValueError, match=r"indices go from 16 to 16; each codebook has the codes 0\.\.15"):
+        tokenizer.decode_indices(torch.full((1, 2, 4, 4), 16))
+    with pytest.raises(ValueError, match=r"shape \(1, 3, 4, 4\); needed is \[B, 2, h, w\]"):
+        tokenizer.decode_indices(torch.zeros(1, 3, 4, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="h and w in multiples of 4"):
+        tokenizer.decode_indices(torch.zeros(1, 2, 4, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="Gaussian and have no indices; use decode"):
+        tiny_tokenizer().decode_indices(torch.zeros(1, 2, 4, 4, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -117,6 +135,12 @@ def test_bfloat16_computes_near_float32_with_float32_parameters(fused: bool) -> 
         (torch.zeros(1, 3, 64, 64, dtype=torch.int64), "dtype torch.int64"),
         (torch.full((1, 3, 64, 64), float("nan")), "NaN"),
         (torch.full((1, 3, 64, 64), 255.0), "values up to 255"),
+        (np.zeros((1, 3, 64, 64)), r"must be a torch.Tensor, \[B, 3, H, W\].*; this is a numpy.ndarray"),
+        ([torch.zeros(3, 64, 64)], "must be a torch.Tensor.*; this is a list"),
+        (
+            PIL.Image.new("RGB", (64, 64)),
+            r"from_numpy\(numpy.array\(picture\)\).*; this is a PIL.Image.Image",
+        ),
     ],
 )
 def test_bad_images_are_named(x: torch.Tensor, message: str) -> None:
@@ -124,7 +148,18 @@ def test_bad_images_are_named(x: torch.Tensor, message: str) -> None:
         tiny_tokenizer().encode(x)
 
 
+def test_the_conversion_that_the_message_gives_works() -> None:
+    picture = PIL.Image.new("RGB", (64, 128))
+    tokenizer = tiny_tokenizer().eval()
+    images = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    assert tokenizer.encode(images).mean.shape == (1, 8, 8, 4)
+
+
 def test_bad_latents_are_named() -> None:
+    with pytest.raises(ValueError, match="latents must be a torch.Tensor.*; this is a numpy.ndarray"):
+        tiny_tokenizer().decode(np.zeros((1, 8, 4, 4)))
+    with pytest.raises(ValueError, match="latents have dtype torch.int64"):
+        tiny_tokenizer().decode(torch.zeros(1, 8, 4, 4, dtype=torch.int64))
     for shape in [(1, 4, 4, 4), (1, 8, 4, 6), (8, 4, 4), (1, 8, 0, 4)]:
         with pytest.raises(ValueError, match=r"needed is \[B, 8, h, w\] with h and w in multiples of 4"):
             tiny_tokenizer().decode(torch.zeros(shape))
@@ -137,9 +172,15 @@ def test_bad_latents_are_named() -> None:
         ({"resolution": 100}, "resolution is 100; it must be a multiple of 64"),
         ({"latent_channels": 0}, "latent_channels is 0"),
         ({"fusion": FusionConfig(layer_widths=(8,))}, "1 entries for 3 encoder layers"),
+        ({"latent_channels": "8"}, 'latent_channels is "8"; needed is a whole number'),
+        ({"resolution": None}, "resolution is null; needed is a whole number"),
+        ({"decoder": {"style_width": 1.5}}, "decoder.style_width is 1.5; needed is a whole number"),
+        ({"decoder": {"blur": "no"}}, 'decoder.blur is "no"; needed is true or false'),
+        ({"decoder": {"latent_activation": "relu"}}, "decoder.latent_activation is .*one of leaky_relu, "),
+        ({"alignment": 0.5}, "alignment is 0.5; needed is an object with fields"),
     ],
 )
-def test_bad_sizes_are_named(change: dict, message: str) -> None:
+def test_bad_values_are_named(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_config(**change)
 
@@ -158,3 +199,73 @@ def test_alignment_needs_the_last_layer() -> None:
     tokenizer, x = tiny_tokenizer(config), images()
     with pytest.raises(ValueError, match=r"layers \(0, 1, 2\) lacks -1"):
         tokenizer.alignment_loss(torch.zeros(2, 8, 4, 4), tokenizer.features(x))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        (EncoderConfig, {"layers": "0,12,-1"}, 'encoder.layers is "0,12,-1"; needed is a list'),
+        (EncoderConfig, {"scale_factor": "2"}, 'encoder.scale_factor is "2"; needed is a number'),
+        (ViTConfig, dict(dataclasses.asdict(VIT), depth=2.5), "encoder.vit.depth is 2.5"),
+        (FusionConfig, {"layer_widths": 64}, "fusion.layer_widths is 64; needed is a list"),
+        (BottleneckConfig, {"codes": "4"}, 'bottleneck.codes is "4"; needed is a whole number'),
+        (AlignmentConfig, {"cosine_margin": None}, "alignment.cosine_margin is null; needed is a number"),
+    ],
+)
+def test_every_part_holds_its_values_to_their_types(part: type, values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        part(**values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda f: f[:2],
+            r"the shapes \[\(2, 64, 32\), \(2, 64, 32\)\]; needed is one \[2, 64, 32\] for each",
+        ),
+        (lambda f: [*f, f[0]], r"needed is one \[2, 64, 32\] for each of encoder.layers \(0, 1, -1\)"),
+        (lambda f: [], r"the shapes \[\]"),
+        (lambda f: f[0], r"the shapes \[\(64, 32\)"),
+        (lambda f: [x[:, :-1] for x in f], r"\(2, 63, 32\)"),
+        (lambda f: [*f[:2], f[2][..., :16]], r"\(2, 64, 16\)\]; needed is one"),
+        (lambda f: [f[0][:1], *f[1:]], r"the shapes \[\(1, 64, 32\), \(2, 64, 32\)"),
+        (lambda f: [x.numpy() for x in f], "features must be a torch.Tensor.*; this is a numpy.ndarray"),
+    ],
+)
+def test_features_that_do_not_fit_are_named(change: Callable, message: str) -> None:
+    tokenizer = tiny_tokenizer()
+    features = change(tokenizer.features(images()))
+    with pytest.raises(ValueError, match=message):
+        tokenizer.alignment_loss(torch.zeros(2, 8, 4, 4), features)
+    with pytest.raises(ValueError, match="^features "):
+        tokenizer.fuse(features, (4, 4))
+
+
+def test_features_of_other_images_are_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    features = tokenizer.features(images())
+    with pytest.raises(ValueError, match=r"needed is one \[1, 64, 32\]"):
+        tokenizer.alignment_loss(torch.zeros(1, 8, 4, 4), features)
+    with pytest.raises(ValueError, match=r"needed is one \[2, 128, 32\]"):
+        tokenizer.alignment_loss(torch.zeros(2, 8, 4, 8), features)
+    with pytest.raises(ValueError, match=r"latents have shape \(2, 4, 4, 4\); needed is \[B, 8, h, w\]"):
+        tokenizer.alignment_loss(torch.zeros(2, 4, 4, 4), features)
+
+
+def test_what_a_tokenizer_is_built_from_is_said() -> None:
+    for path in ("runs/demo", Path("runs/demo")):
+        with pytest.raises(ValueError, match="to load 'runs/demo', use vfmvae.load"):
+            Tokenizer(path)
+    with pytest.raises(ValueError, match="built from a TokenizerConfig, not from a dict"):
+        Tokenizer({"resolution": 64})
+
+
+def test_fused_is_true_or_false() -> None:
+    for name in ("gemm", "reference", None, 1):
+        with pytest.raises(ValueError, match=f"fused is {name!r}; a tokenizer takes True or False"):
+            Tokenizer(tiny_config(), encoder_weights=None, fused=name)
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match="fused is 'gemm'"):
+        tokenizer.fused = "gemm"
+    assert tokenizer.fused is True

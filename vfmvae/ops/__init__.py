@@ -12,7 +12,7 @@ from vfmvae.ops.fusion import NormedLinear, fusion_projection
 from vfmvae.ops.gated import geglu
 from vfmvae.ops.mlp import modulated_mlp, modulated_to_rgb
 from vfmvae.ops.norm import Activation, channel_rms_norm, group_norm
-from vfmvae.ops.perceptual import ssim
+from vfmvae.ops.perceptual import lpips_distance, ssim
 from vfmvae.ops.posterior import gaussian_posterior
 from vfmvae.ops.resample import upsample_blur
 
@@ -27,6 +27,7 @@ __all__ = [
     "gaussian_posterior",
     "geglu",
     "group_norm",
+    "lpips_distance",
     "modulated_mlp",
     "modulated_to_rgb",
     "pointwise_conv2d",

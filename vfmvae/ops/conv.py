@@ -5,11 +5,16 @@ Shapes: x [B, C, H, W]; the fused forms keep channels-last memory. Weights are c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vfmvae.ops import native
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
+
+CPU_KERNEL_SIZES = (3, 5, 7)
 
 
 def depthwise_conv2d(
@@ -22,6 +27,8 @@ def depthwise_conv2d(
         weight: [C, 1, k, k], k odd.
         bias: [C] or None.
         noise: [H, W], added to every channel and sample (legacy checkpoints), or None.
+        fused: "cpu" differs in the backward: a compiled pass gives the gradients of weight and bias, summed
+            in float32. It can be differentiated once.
 
     Returns:
         [B, C, H, W] in x.dtype.
@@ -46,6 +53,73 @@ def _depthwise_conv2d_torch(x: Tensor, weight: Tensor, bias: Tensor | None, nois
     return depthwise_conv2d_reference(x.contiguous(memory_format=torch.channels_last), weight, bias, noise)
 
 
+class _DepthwiseCPU(torch.autograd.Function):
+    """PyTorch's forward and input gradient, which are fast, and our gradient of the weight, where it is not:
+    it takes ten times as long as the other two for 5 x 5 and 7 x 7, and more for maps of a few pixels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return depthwise_conv2d_reference(x, weight, bias, None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x = grad_weight = grad_bias = None
+        if needs_x:  # the transpose of a "same" convolution is one with the weight turned by half a circle
+            grad_x = depthwise_conv2d_reference(grad, weight.flip(2, 3), None, None)
+        if needs_weight or needs_bias:
+            size = weight.shape[-1]
+            sums = _depthwise_weight_gradient(x, grad, size)
+            grad_weight = sums[:-1].t().reshape(-1, 1, size, size).to(weight.dtype)
+            grad_bias = sums[-1].to(weight.dtype) if needs_bias else None
+        return grad_x, grad_weight, grad_bias
+
+
+@torch.library.custom_op("vfmvae::depthwise_weight_gradient", mutates_args=(), device_types="cpu")
+def _depthwise_weight_gradient(x: Tensor, grad: Tensor, size: int) -> Tensor:
+    """x and the output's gradient [B, C, H, W] -> [k*k + 1, C] float32: weight, and bias in the last row."""
+    batch, channels, height, width = x.shape
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    out = _depthwise_weight_gradient_fake(x, grad, size)
+    native.extension().depthwise_weight_gradient_cpu(
+        x=x.data_ptr(),
+        grad=grad.data_ptr(),
+        out=out.data_ptr(),
+        dtype=str(x.dtype).removeprefix("torch."),
+        batch=batch,
+        height=height,
+        width=width,
+        channels=channels,
+        kernel_size=size,
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+@_depthwise_weight_gradient.register_fake
+def _depthwise_weight_gradient_fake(x: Tensor, grad: Tensor, size: int) -> Tensor:
+    return x.new_empty((size * size + 1, x.shape[1]), dtype=torch.float32)
+
+
+def _depthwise_conv2d_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor | None) -> Tensor:
+    y = _DepthwiseCPU.apply(x.contiguous(memory_format=torch.channels_last), weight, bias)
+    return y if noise is None else y + noise.to(x.dtype)
+
+
+def _why_not_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor | None) -> str | None:
+    del bias, noise
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, not {x.dtype}"
+    if weight.shape[-1] not in CPU_KERNEL_SIZES:
+        return f"it takes kernel sizes {', '.join(map(str, CPU_KERNEL_SIZES))}, not {weight.shape[-1]}"
+    return native.why_no_cpu_code(x)
+
+
 def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, fused: Fused = True) -> Tensor:
     """1 x 1 convolution: x [B, C, H, W], weight [D, C], bias [D] or None -> [B, D, H, W] in x.dtype."""
     if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
@@ -66,7 +140,10 @@ def _pointwise_conv2d_gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 _DEPTHWISE = Op(
     "depthwise_conv2d",
     depthwise_conv2d_reference,
-    (Implementation("channels_last", _depthwise_conv2d_torch, always),),
+    (
+        Implementation("cpu", _depthwise_conv2d_cpu, _why_not_cpu),
+        Implementation("channels_last", _depthwise_conv2d_torch, always),
+    ),
 )
 _POINTWISE = Op(
     "pointwise_conv2d", pointwise_conv2d_reference, (Implementation("gemm", _pointwise_conv2d_gemm, always),)

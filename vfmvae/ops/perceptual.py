@@ -1,4 +1,6 @@
-"""Structural similarity (Wang et al. 2004)."""
+"""How alike two images look: structural similarity (Wang et al. 2004) and the distance of deep features that
+LPIPS is made of (arXiv 1801.03924).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from torch import Tensor
 from vfmvae.ops.dispatch import Fused, Op
 
 WINDOW, SIGMA = 11, 1.5
+UNIT_EPSILON = 1e-10  # added to the length of a feature vector, where LPIPS v0.1 adds it
 
 
 def ssim(a: Tensor, b: Tensor, data_range: float = 2.0, *, fused: Fused = True) -> Tensor:
@@ -51,3 +54,48 @@ def ssim_reference(a: Tensor, b: Tensor, data_range: float) -> Tensor:
 
 
 _SSIM = Op("ssim", ssim_reference)
+
+
+def lpips_distance(a: Tensor, b: Tensor, weights: Tensor | None = None, *, fused: Fused = True) -> Tensor:
+    """Distance of two feature maps, [B]: one layer's term of LPIPS.
+
+    With u(x) = x / (|x| + 1e-10), the length taken over channels at each position:
+
+        mean over positions of sum over channels of weights * (u(a) - u(b))^2
+
+    A position where all channels are 0 gets no gradient (the slope there would be 1e10).
+
+    Args:
+        a, b: [B, C, H, W] of one shape.
+        weights: [C]; None for ones, and then the distance is at most 4.
+
+    Returns:
+        [B], computed in float32 for 16-bit inputs and otherwise in the wider dtype of the two.
+
+    Raises:
+        ValueError: shapes that do not go together.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"the feature maps differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.ndim != 4:
+        raise ValueError(f"feature maps must be [B, C, H, W], got {tuple(a.shape)}")
+    if weights is not None and weights.shape != a.shape[1:2]:
+        raise ValueError(f"weights {tuple(weights.shape)} do not fit maps of {a.shape[1]} channels")
+    return _LPIPS_DISTANCE(fused, a, b, weights)
+
+
+def lpips_distance_reference(a: Tensor, b: Tensor, weights: Tensor | None) -> Tensor:
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    difference = (_unit(a.to(wide)) - _unit(b.to(wide))).square()
+    if weights is not None:
+        difference = difference * weights.to(wide).view(-1, 1, 1)
+    return difference.sum(dim=1).mean(dim=(1, 2))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """[B, C, H, W] with length 1 over the channels; 0 stays 0."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x * torch.where(length > 0, 1.0 / (length + UNIT_EPSILON), 0.0)
+
+
+_LPIPS_DISTANCE = Op("lpips_distance", lpips_distance_reference)

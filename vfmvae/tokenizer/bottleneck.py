@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfmvae import ops
+from vfmvae.images import check_is_tensor
 from vfmvae.ops.posterior import LOGVAR_RANGE
+from vfmvae.serialization import check_fields
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ class BottleneckConfig:
     """Temperature of the soft assignments that the entropy loss looks at."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("gaussian", "discrete"):
-            raise ValueError(f"bottleneck.kind is {self.kind!r}; it must be 'gaussian' or 'discrete'")
+        check_fields(self, "bottleneck")
         if self.codebooks < 1 or self.codes % self.codebooks:
             raise ValueError(f"{self.codes} codes cannot be divided over {self.codebooks} codebooks")
 
@@ -60,12 +61,19 @@ class Posterior:
     def std(self) -> Tensor:
         return (0.5 * self.logvar).exp()
 
+    @property
+    def var(self) -> Tensor:
+        return self.logvar.exp()
+
     def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise, [B, z, h, w]; standard normal noise is drawn where none is given."""
+        """mean + std * noise, [B, z, h, w]; standard normal noise is drawn where none is given.
+
+        A generator draws on its own device: one of the CPU gives the same noise to latents on any device.
+        """
         if noise is None:
-            noise = torch.randn(
-                self.mean.shape, dtype=self.mean.dtype, device=self.mean.device, generator=generator
-            )
+            device = self.mean.device if generator is None else generator.device
+            noise = torch.randn(self.mean.shape, dtype=self.mean.dtype, device=device, generator=generator)
+            noise = noise.to(self.mean.device)
         elif noise.shape != self.mean.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, needed is {tuple(self.mean.shape)}")
         return ops.gaussian_posterior(self.mean, self.logvar, noise, fused=self._fused)[0]
@@ -119,7 +127,7 @@ class DiscretePosterior:
 class GaussianBottleneck(nn.Module):
     """Moments -> Posterior."""
 
-    fused: ops.Fused = True
+    fused: bool = True
 
     def forward(self, moments: Tensor) -> Posterior:
         return Posterior(moments, self.fused)
@@ -161,12 +169,24 @@ class DiscreteBottleneck(nn.Module):
         )
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """indices [B, K, h, w] -> codes [B, z, h, w], ready to decode."""
-        if indices.ndim != 4 or indices.shape[1] != len(self.codebooks):
-            raise ValueError(
-                f"indices have shape {tuple(indices.shape)}, needed is [B, {len(self.codebooks)}, h, w]"
-            )
+        """indices [B, K, h, w] of any integer dtype -> codes [B, z, h, w], ready to decode.
+
+        Raises ValueError for a wrong shape or dtype and for indices outside of the codebooks, which waits for
+        the device.
+        """
+        count = len(self.codebooks)
+        check_is_tensor(indices, "indices", f"[B, {count}, h, w] of integers")
+        if indices.ndim != 4 or indices.shape[1] != count or not indices.numel():
+            raise ValueError(f"indices have shape {tuple(indices.shape)}; needed is [B, {count}, h, w]")
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise ValueError(f"indices have dtype {indices.dtype}; needed is an integer dtype")
         books: Any = self.codebooks
+        indices, size = indices.long(), len(books[0].weight)
+        lowest, highest = (int(limit) for limit in indices.aminmax())
+        if lowest < 0 or highest >= size:
+            raise ValueError(
+                f"indices go from {lowest} to {highest}; each codebook has the codes 0..{size - 1}"
+            )
         codes = [book.unit_codes()[index] for book, index in zip(books, indices.unbind(1), strict=True)]
         return torch.cat(codes, dim=-1).permute(0, 3, 1, 2)
 
@@ -174,7 +194,7 @@ class DiscreteBottleneck(nn.Module):
 class Codebook(nn.Module):
     """One codebook: weight [V, c], matched by cosine; `usage` [V] is a decayed mean of the hits per batch."""
 
-    USAGE_DECAY = 0.99
+    USAGE_DECAY = 0.99  # our choice, as the publication names none; nothing is computed from `usage`
     usage: Tensor
 
     def __init__(self, codes: int, width: int, config: BottleneckConfig) -> None:
@@ -216,7 +236,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _track(self, indices: Tensor) -> None:
-        hits = torch.bincount(indices.flatten(), minlength=self.usage.numel()).to(self.usage)
+        # Not bincount, which waits for the device.
+        ones = torch.ones_like(indices, dtype=self.usage.dtype).flatten()
+        hits = torch.zeros_like(self.usage).scatter_add_(0, indices.flatten(), ones)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(hits)
         self.usage.lerp_(hits, 1 - self.USAGE_DECAY)

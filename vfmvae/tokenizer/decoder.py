@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vfmvae import ops
+from vfmvae.serialization import check_fields
 from vfmvae.tokenizer.decoder_blocks import ConvNeXtLayer, LatentBranch, SelfAttention, ToRGB, Upsample
 
 NUM_BLOCKS = 6
@@ -46,6 +47,7 @@ class DecoderConfig:
     """The style sees the latent map averaged over style_pooled x style_pooled cells."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "decoder")
         if 0 not in self.latent_blocks:
             raise ValueError(
                 f"decoder.latent_blocks {self.latent_blocks} lacks block 0, which has no other input"

@@ -20,7 +20,7 @@ from vfmvae.tokenizer.style import StyleSplit
 class Depthwise(nn.Module):
     """k x k depthwise convolution; weight [C, 1, k, k]."""
 
-    fused: ops.Fused = True
+    fused: bool = True
 
     def __init__(self, channels: int, kernel_size: int, bias: bool = False) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Depthwise(nn.Module):
 class Pointwise(nn.Module):
     """1 x 1 convolution; weight [D, C]."""
 
-    fused: ops.Fused = True
+    fused: bool = True
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = False) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Pointwise(nn.Module):
 class GroupNorm(nn.Module):
     """Group norm, eps 1e-5, with an optional activation behind it."""
 
-    fused: ops.Fused = True
+    fused: bool = True
 
     def __init__(self, groups: int, channels: int, activation: ops.Activation | None = None) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class LatentBranch(nn.Module):
 class Upsample(nn.Module):
     """Norm, depthwise 3 x 3, 1 x 1, pixel-shuffle by 2, binomial blur: [B, C, H, W] -> [B, D, 2H, 2W]."""
 
-    fused: ops.Fused = True
+    fused: bool = True
 
     def __init__(self, in_channels: int, out_channels: int, blur: int, *, norm_after: bool = False) -> None:
         """`blur`: kernel size 3 or 5, or 1 for none. `norm_after`: the norm sits between shuffle and blur."""
@@ -119,7 +119,7 @@ class Upsample(nn.Module):
 class ConvNeXtLayer(nn.Module):
     """x + gamma * W2 gelu(modulated W1 (norm(depthwise(x)))), with the noise map of legacy checkpoints."""
 
-    fused: ops.Fused = True
+    fused: bool = True
     noise: Tensor
 
     def __init__(
@@ -166,7 +166,7 @@ class SelfAttention(nn.Module):
     """x + attention(rms(x)), then x + mlp(rms(x)); 8 heads, each with a learned null key and value."""
 
     HEADS = 8
-    fused: ops.Fused = True
+    fused: bool = True
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class SelfAttention(nn.Module):
 class ToRGB(nn.Module):
     """[B, C, H, W] -> image [B, 3, H, W] in float32: 1 x 1, modulated by the style over sqrt(C)."""
 
-    fused: ops.Fused = True
+    fused: bool = True
 
     def __init__(self, channels: int, style_width: int) -> None:
         super().__init__()

@@ -4,56 +4,63 @@ pickled.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from vfmvae import ops
 from vfmvae.atomic import replacing
-from vfmvae.serialization import from_dict, read_json, to_json
+from vfmvae.encoders.deferred import fill, without_parameters
+from vfmvae.encoders.weights import read_safetensors
+from vfmvae.serialization import from_dict, read_json
 from vfmvae.tokenizer.model import Tokenizer, TokenizerConfig
 
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
+FORMAT = 1
+"""Version of the two files, in config.json; raised when an earlier `load` would misread them."""
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write both files, or raise OSError (full disk, read-only) and leave what was there."""
     with replacing(path / MODEL_FILE, path / CONFIG_FILE) as (model, config):
         write_model(tokenizer, model)
-        config.write_text(to_json(tokenizer.config), encoding="utf-8")
+        config.write_text(_config_json(tokenizer.config), encoding="utf-8")
 
 
 def write_model(tokenizer: Tokenizer, path: Path) -> None:
     """The parameters and buffers of a tokenizer as one safetensors file."""
-    state = {name: tensor.detach().contiguous() for name, tensor in tokenizer.state_dict().items()}
-    save_file(state, path, metadata={"format": "pt"})
+    write_state(tokenizer.state_dict(), path)
 
 
-def load(
-    path_or_hub_id: str | Path, device: str | torch.device = "cpu", fused: ops.Fused = True
-) -> Tokenizer:
+def write_state(state: Mapping[str, Tensor], path: Path) -> None:
+    """The same from a tokenizer's state dict."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+
+
+def load(path_or_hub_id: str | Path, device: str | torch.device = "cpu", fused: bool = True) -> Tokenizer:
     """Load a tokenizer from a folder (a saved one, or a training run) or from the Hugging Face hub.
 
     Returns it on `device`, in eval mode. Raises ValueError where something is missing, damaged or does not
     fit.
     """
     folder = _find(path_or_hub_id)
-    data = read_json(folder / CONFIG_FILE)
-    # A training run's config.json describes the whole run and holds the tokenizer's as one section.
-    config = from_dict(TokenizerConfig, data.get("tokenizer", data), str(folder / CONFIG_FILE))
-    tokenizer = Tokenizer(config, encoder_weights=None, fused=fused)
-    load_weights(tokenizer, folder / MODEL_FILE)
-    return tokenizer.to(device).eval()
+    config = _read_config(folder / CONFIG_FILE)
+    with without_parameters():
+        tokenizer = Tokenizer(config, encoder_weights=None, fused=fused)
+    load_weights(tokenizer, folder / MODEL_FILE, device)
+    return tokenizer.to(device).eval()  # what is in no file moves too
 
 
-def load_weights(tokenizer: Tokenizer, path: Path) -> None:
-    """Load model.safetensors strictly; ValueError names the file and what does not fit."""
+def load_weights(tokenizer: Tokenizer, path: Path, device: str | torch.device) -> None:
+    """Load model.safetensors strictly, onto `device`; ValueError names the file and what does not fit."""
     state = read_safetensors(path)
     own = tokenizer.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -68,17 +75,27 @@ def load_weights(tokenizer: Tokenizer, path: Path) -> None:
     ]
     if wrong:
         raise ValueError(f"{path} does not fit its config: wrong shapes: {_some(wrong)}")
-    tokenizer.load_state_dict(state)
+    fill(tokenizer, state, device)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a .safetensors file; ValueError where it is missing, truncated or something else."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
+def _config_json(config: TokenizerConfig) -> str:
+    """Without `encoder.weights`, a path of this machine: the saved model holds the encoder's weights."""
+    portable = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, weights=None))
+    return json.dumps({"format": FORMAT, **dataclasses.asdict(portable)}, indent=2) + "\n"
+
+
+def _read_config(path: Path) -> TokenizerConfig:
+    data = read_json(path)
+    # A training run's config.json describes the whole run and holds the tokenizer's as one section.
+    if "tokenizer" in data:
+        return from_dict(TokenizerConfig, data["tokenizer"], str(path))
+    version = data.pop("format", 1)  # the first files had none
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise ValueError(
+            f"{path} has format {version!r}; this version of vfmvae reads formats up to {FORMAT}: install a"
+            f" newer one"
+        )
+    return from_dict(TokenizerConfig, data, str(path))
 
 
 def _find(path_or_hub_id: str | Path) -> Path:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfmvae import ops
+from vfmvae.serialization import check_fields
 
 Projection = Literal["attention", "conv"]
 
@@ -35,11 +36,7 @@ class FusionConfig:
     """Width of the decompressed map divided by the latent channels."""
 
     def __post_init__(self) -> None:
-        for name in ("compress", "decompress"):
-            if getattr(self, name) not in ("attention", "conv"):
-                raise ValueError(
-                    f"fusion.{name} is {getattr(self, name)!r}; it must be 'attention' or 'conv'"
-                )
+        check_fields(self, "fusion")
         for name in ("compress_depth", "decompress_depth", "decompress_factor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"fusion.{name} is {getattr(self, name)}; it must be at least 1")
@@ -68,7 +65,7 @@ class FusionAttention(nn.Module):
         """[3D]: keys have no bias, since softmax does not see it."""
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
-    def forward(self, qkv: Tensor, fused: ops.Fused) -> Tensor:
+    def forward(self, qkv: Tensor, fused: bool) -> Tensor:
         batch, length, _ = qkv.shape
         query, key, value = qkv.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y = ops.attention(query, key, value, head_mean=self.averages, fused=fused)
@@ -89,7 +86,7 @@ class GatedMLP(nn.Module):
         self.value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(2 * width, width)
 
-    def forward(self, x: Tensor, fused: ops.Fused) -> Tensor:
+    def forward(self, x: Tensor, fused: bool) -> Tensor:
         x = _layer_norm(x, self.norm)
         return _linear(ops.geglu(_linear(x, self.gate), _linear(x, self.value), fused=fused), self.out)
 
@@ -97,7 +94,7 @@ class GatedMLP(nn.Module):
 class AttentionProjection(nn.Module):
     """One block: y = skip(LN(x)) + attention(LN(x)); y + mlp(LN(y)).  [B, N, in] -> [B, N, out]."""
 
-    fused: ops.Fused = True
+    fused: bool = True
 
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__()

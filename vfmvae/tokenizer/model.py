@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vfmvae import ops
 from vfmvae.encoders import EncoderConfig, build_encoder
-from vfmvae.images import check_image_shape, check_images, to_unit
+from vfmvae.images import check_image_shape, check_images, check_is_tensor, to_unit
+from vfmvae.serialization import check_fields
 from vfmvae.tokenizer.bottleneck import (
     BottleneckConfig,
     DiscreteBottleneck,
@@ -39,6 +40,9 @@ class AlignmentConfig:
     distance_weight: float = 1.0
     cosine_weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_fields(self, "alignment")
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
@@ -56,6 +60,7 @@ class TokenizerConfig:
     """Image pixels per latent position."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.downsample not in (1, 2, 4, 8, 16, 32, 64):
             raise ValueError(
                 f"downsample is {self.downsample}; it must be a power of two from 1 to {INPUT_STRIDE}"
@@ -84,18 +89,37 @@ class TokenizerOutput(NamedTuple):
 class Tokenizer(nn.Module):
     """Frozen encoder, latent fusion, bottleneck, decompression, style mapping and decoder.
 
-    Computation runs in the dtype of the parameters, or in `compute_dtype` where that is set (parameters stay
-    as they are; moments, latents and images are float32 then). `fused` selects fast operations (True) or the
-    plain reference (False); both share parameters.
+    Fusion and decoder compute in the dtype of the parameters, or in `compute_dtype` where that is set
+    (parameters stay as they are). Moments, latents and images are float32 either way (float64 for float64
+    parameters). The encoder computes in the dtype of its own parameters, and under bfloat16 autocast on CUDA.
+
+    How exact float32 is on CUDA follows torch's global settings, and none is changed here. By default matrix
+    products are full float32 (torch.set_float32_matmul_precision may allow TF32), while cuDNN's convolutions
+    use TF32, about three decimal digits, until torch.backends.cudnn.allow_tf32 is switched off.
+
+    `fused` selects fast operations (True) or the plain reference (False); both share parameters. One
+    implementation cannot be named here, since no name exists for every operation: the functions of
+    `vfmvae.ops` take names.
     """
 
     def __init__(
         self,
         config: TokenizerConfig,
         encoder_weights: str | Path | Mapping[str, Tensor] | None = "pretrained",
-        fused: ops.Fused = True,
+        fused: bool = True,
     ) -> None:
-        """`encoder_weights`: "pretrained", a file or folder, a state dict, or None for random ones."""
+        """`encoder_weights`: "pretrained", a file or folder, a state dict, or None for random ones.
+
+        Raises ValueError for parts that do not fit each other, and where the weights cannot be had.
+        """
+        if isinstance(config, str | Path):
+            raise ValueError(
+                f"a Tokenizer is built from a TokenizerConfig; to load {str(config)!r}, use vfmvae.load"
+            )
+        if not isinstance(config, TokenizerConfig):
+            raise ValueError(
+                f"a Tokenizer is built from a TokenizerConfig, not from a {type(config).__name__}"
+            )
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
@@ -134,11 +158,17 @@ class Tokenizer(nn.Module):
         return round(ratio)
 
     @property
-    def fused(self) -> ops.Fused:
+    def fused(self) -> bool:
+        """Whether fast operations run; may be set at any time."""
         return self._fused
 
     @fused.setter
-    def fused(self, value: ops.Fused) -> None:
+    def fused(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(
+                f"fused is {value!r}; a tokenizer takes True or False (names of implementations belong to"
+                f" the functions of vfmvae.ops)"
+            )
         self._fused = value
         module: Any
         for module in self.modules():
@@ -173,7 +203,8 @@ class Tokenizer(nn.Module):
         return self.fuse(self.features(images), self._latent_size(images))
 
     def fuse(self, features: Sequence[Tensor], latent_size: tuple[int, int]) -> Posterior | DiscretePosterior:
-        """`features` of an image -> posterior over latents of size (h, w)."""
+        """`features` of images -> posterior over latents of size (h, w)."""
+        self._check_features(features, latent_size)
         moments = self.fusion([tokens.to(self.dtype) for tokens in features], latent_size)
         return self.bottleneck(moments.to(torch.promote_types(moments.dtype, torch.float32)))
 
@@ -196,10 +227,19 @@ class Tokenizer(nn.Module):
             return_multiscale: also give the five smaller images, index 0 = half size.
             truncation: 1 keeps the style vector, towards 0 it approaches the average style.
         """
-        self._check_latents(latents)
+        self._check_latents(latents, max(1, INPUT_STRIDE // self.config.downsample))
         z_map = self.decompressed(latents)
         images = self.decoder(z_map, self.style(z_map, truncation), multiscale=return_multiscale)
         return (images[0], images[1:]) if return_multiscale else images[0]
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """`posterior.indices` [B, codebooks, h, w], any integer dtype -> image, as `decode` gives it.
+
+        Raises ValueError for a Gaussian tokenizer, a wrong shape or dtype, and indices that no codebook has.
+        """
+        if not isinstance(self.bottleneck, DiscreteBottleneck):
+            raise ValueError("this tokenizer's latents are Gaussian and have no indices; use decode")
+        return self.decode(self.bottleneck.lookup(indices))
 
     def decompressed(self, latents: Tensor) -> Tensor:
         """Latents [B, z, h, w] -> the map that decoder and style see, [B, z * decompress_factor, h, w]."""
@@ -210,6 +250,7 @@ class Tokenizer(nn.Module):
         """Distance of projected latents [B, z, h, w] from the encoder's last layer; a scalar.
 
         `features`: what `features(images)` returned; its layer -1 is averaged over each latent position.
+        Raises ValueError where their shapes do not fit the latents'.
         """
         prediction, target = self.alignment_pair(latents, features)
         margins = self.config.alignment
@@ -232,7 +273,9 @@ class Tokenizer(nn.Module):
                 f"alignment needs the encoder's last layer; encoder.layers {self.config.encoder.layers}"
                 f" lacks -1"
             )
+        self._check_latents(latents, multiple=1)
         height, width = latents.shape[-2:]
+        self._check_features(features, (height, width), len(latents))
         ratio = self.fusion.ratio
         last = features[self.config.encoder.layers.index(-1)].detach()
         target = F.avg_pool2d(tokens_to_map(last, (height * ratio, width * ratio)), ratio)
@@ -260,23 +303,36 @@ class Tokenizer(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write `path`/config.json and `path`/model.safetensors; see vfmvae.load."""
-        from vfmvae.tokenizer.files import (
-            save_tokenizer,
-        )  # files.py builds Tokenizers, so it imports this module
+        # Imported here: files.py builds Tokenizers, so it imports this module.
+        from vfmvae.tokenizer.files import save_tokenizer
 
         save_tokenizer(self, Path(path))
 
     def _latent_size(self, images: Tensor) -> tuple[int, int]:
         return images.shape[-2] // self.config.downsample, images.shape[-1] // self.config.downsample
 
-    def _check_latents(self, latents: Tensor) -> None:
-        channels, multiple = self.config.latent_channels, max(1, INPUT_STRIDE // self.config.downsample)
+    def _check_latents(self, latents: Tensor, multiple: int) -> None:
+        channels = self.config.latent_channels
+        needed = f"[B, {channels}, h, w] with h and w in multiples of {multiple}"
+        check_is_tensor(latents, "latents", needed)
         if (
             latents.ndim != 4
             or latents.shape[1] != channels
             or any(s % multiple or not s for s in latents.shape[2:])
         ):
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; needed is [B, {channels}, h, w]"
-                f" with h and w in multiples of {multiple}"
-            )
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; needed is {needed}")
+        if not latents.is_floating_point():
+            raise ValueError(f"latents have dtype {latents.dtype}; needed is a floating point dtype")
+
+    def _check_features(
+        self, features: Sequence[Tensor], latent_size: tuple[int, int], batch: int | None = None
+    ) -> None:
+        layers, ratio = self.config.encoder.layers, self.fusion.ratio
+        tokens = latent_size[0] * ratio * latent_size[1] * ratio
+        needed = f"one [{batch or 'B'}, {tokens}, {self.encoder.width}] for each of encoder.layers {layers}"
+        for one in features:
+            check_is_tensor(one, "features", needed)
+        shapes = [tuple(one.shape) for one in features]
+        batch = shapes[0][0] if batch is None and shapes and shapes[0] else batch
+        if shapes != [(batch, tokens, self.encoder.width)] * len(layers):
+            raise ValueError(f"features have the shapes {shapes}; needed is {needed}")

@@ -30,7 +30,8 @@ class StyleMapping(nn.Module):
 
     The map is averaged over positions (or over pooled x pooled cells, which are concatenated), scaled to unit
     mean square and passed through two equalised layers with a leaky ReLU between. `average` [D] follows the
-    mean style in training, for truncation.
+    mean style in training, for truncation. The order of more than one cell, all of a channel before the next,
+    is our reading: the publication uses one and does not say.
     """
 
     MULTIPLIER = 0.01
