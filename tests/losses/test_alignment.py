@@ -1,4 +1,4 @@
-"""The adaptive weight against gradient norms worked out by hand."""
+"""The adaptive weight against gradient norms, and the distance from a snapshot, worked out by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vfmvae.losses.alignment import MAX_WEIGHT, adaptive_weight
+from vfmvae.losses.alignment import (
+    MAX_WEIGHT,
+    adaptive_weight,
+    gradient_ratio,
+    latent_preservation_loss,
+)
 
 
 def quadratics(a: float, b: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,3 +47,36 @@ def test_norms_are_taken_over_the_whole_weight_matrix() -> None:
     factors = torch.arange(6.0).reshape(2, 3)
     ratio = adaptive_weight((weight * factors).sum(), weight.sum(), weight)
     assert ratio.item() == pytest.approx(math.sqrt(55) / (math.sqrt(6) + 1e-4), rel=1e-6)
+
+
+def test_the_ratio_of_given_gradients_is_the_adaptive_weight() -> None:
+    ratio = gradient_ratio(torch.tensor([[3.0], [4.0]], dtype=torch.float64), torch.tensor([[0.0], [0.5]]))
+    assert ratio.item() == pytest.approx(5.0 / (0.5 + 1e-4), rel=1e-6)
+    assert ratio.dtype == torch.float32
+
+
+def test_preservation_is_the_mean_squared_difference() -> None:
+    latents = torch.zeros(2, 3, 2, 2, requires_grad=True)
+    snapshot = torch.zeros(2, 3, 2, 2)
+    snapshot[0, 1] = 2.0  # 4 of 24 elements, 4 each
+    loss = latent_preservation_loss(latents, snapshot)
+    assert loss.item() == pytest.approx(16 / 24)
+    loss.backward()
+    assert latents.grad is not None
+    torch.testing.assert_close(latents.grad, -2 * snapshot / 24)
+
+
+def test_preservation_weighs_the_same_at_every_latent_size() -> None:
+    sizes = ((1, 4, 2, 2), (3, 32, 8, 8))
+    assert [latent_preservation_loss(torch.full(s, 0.5), torch.zeros(s)).item() for s in sizes] == [0.25] * 2
+
+
+def test_the_snapshot_is_a_constant_and_sixteen_bits_are_widened() -> None:
+    latents = torch.full((1, 1, 1, 1), 256.0, dtype=torch.bfloat16, requires_grad=True)
+    snapshot = torch.full((1, 1, 1, 1), 1.0, requires_grad=True)
+    loss = latent_preservation_loss(latents, snapshot)
+    assert loss.item() == 255.0**2  # 255 * 255 is no bfloat16 number
+    loss.backward()
+    assert snapshot.grad is None
+    with pytest.raises(ValueError, match=r"latents \(1, 1, 1, 1\) and snapshot \(2, 1, 1, 1\)"):
+        latent_preservation_loss(latents, torch.zeros(2, 1, 1, 1))

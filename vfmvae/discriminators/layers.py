@@ -1,0 +1,100 @@
+"""Layers that both discriminators are made of. Parameters and statistics are float32; an input in another
+dtype is worked on in that dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUP_SIZE = 8
+SLOPE = 0.2
+
+
+class LocalBatchNorm(nn.Module):
+    """Batch normalisation over groups of at most 8 images, in training and evaluation alike; affine.
+
+    [B, C, ...] -> the same. The batch is cut into ceil(B / 8) contiguous groups of equal size, so what an
+    image is compared with does not depend on the batch size or the number of processes (StyleGAN-T,
+    arXiv 2301.09515). There are no running statistics. Variance is biased, eps 1e-5.
+    """
+
+    EPS = 1e-5
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (1, 1, -1, 1)
+        # [groups, images, C, positions], at least float32
+        grouped = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(
+            group_count(len(x)), -1, x.shape[1], math.prod(x.shape[2:])
+        )
+        centred = grouped - grouped.mean(dim=(1, 3), keepdim=True)
+        # On a CPU torch.var_mean over these axes takes several times as long.
+        variance = centred.square().mean(dim=(1, 3), keepdim=True)
+        scale = self.weight.view(shape) * (variance + self.EPS).rsqrt()
+        return (centred * scale + self.bias.view(shape)).reshape(x.shape).to(x.dtype)
+
+
+def group_count(batch: int) -> int:
+    """How many groups a batch is cut into. Raises ValueError where they would not be of equal size."""
+    groups = math.ceil(batch / GROUP_SIZE)
+    if batch % groups:
+        raise ValueError(
+            f"a batch of {batch} images per process cannot be cut into {groups} equal groups for the "
+            f"discriminator's batch norm; use at most {GROUP_SIZE} images, or a multiple of {GROUP_SIZE}"
+        )
+    return groups
+
+
+class SpectralConv1d(nn.Module):
+    """Convolution over tokens, [B, in, N] -> [B, out, N], circular, its weight divided by its spectral norm.
+
+    The norm is estimated by power iteration (arXiv 1802.05957): u' W v for the vectors in the buffers `u` and
+    `v`. In training mode each forward does one iteration first and stores the vectors; in eval mode nothing
+    is written. The iteration sees the parameters alone, so the vectors are equal on all processes. A graph
+    from before an iteration stays valid.
+    """
+
+    EPS = 1e-12
+    FIRST_ITERATIONS = 15
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1) -> None:
+        """`kernel` is odd."""
+        super().__init__()
+        plain = nn.Conv1d(in_channels, out_channels, kernel)
+        assert plain.bias is not None
+        self.weight, self.bias = plain.weight, plain.bias
+        self.register_buffer("u", F.normalize(torch.randn(out_channels), dim=0, eps=self.EPS))
+        self.register_buffer("v", F.normalize(torch.randn(in_channels * kernel), dim=0, eps=self.EPS))
+        for _ in range(self.FIRST_ITERATIONS):
+            self.iterate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.iterate()
+        reach = self.weight.shape[2] // 2
+        if reach:
+            x = F.pad(x, (reach, reach), mode="circular")
+        return F.conv1d(x, self.normalised_weight().to(x.dtype), self.bias.to(x.dtype))
+
+    def normalised_weight(self) -> Tensor:
+        """The weight that is applied, [out, in, kernel]; the norm is differentiated, u and v are not."""
+        # The graph keeps what it multiplies with, and the next iteration writes into the buffers.
+        u, v = self.u.clone(), self.v.clone()
+        return self.weight / torch.dot(u, torch.mv(self.weight.flatten(1), v))
+
+    @torch.no_grad()
+    def iterate(self) -> None:
+        """One power iteration; `u` and `v` follow the weight."""
+        matrix = self.weight.flatten(1)
+        self.v.copy_(F.normalize(torch.mv(matrix.T, self.u), dim=0, eps=self.EPS))
+        self.u.copy_(F.normalize(torch.mv(matrix, self.v), dim=0, eps=self.EPS))
