@@ -1,11 +1,15 @@
-"""Devices and dtypes: what can be used, and the sentence for what cannot."""
+"""Devices, dtypes and precision: what can be used, and the sentence for what cannot."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from vfmvae.training.device import compute_dtype, pick_device
+from vfmvae.training.device import compute_dtype, pick_device, set_precision
 
 
 def test_auto_takes_cuda_where_there_is_one() -> None:
@@ -31,3 +35,65 @@ def test_auto_computes_in_bfloat16_on_cuda_alone() -> None:
     assert compute_dtype("auto", cpu) is None
     assert compute_dtype("bf16", cpu) is torch.bfloat16
     assert compute_dtype("fp32", cuda) is None
+    assert compute_dtype("fp16", cpu) is compute_dtype("fp16", cuda) is torch.float16
+
+
+def test_other_dtypes_are_refused() -> None:
+    with pytest.raises(ValueError, match="dtype is 'tf32'; it must be one of auto, fp32, bf16, fp16"):
+        compute_dtype("tf32", torch.device("cpu"))
+
+
+@pytest.fixture
+def precision_restored() -> Iterator[None]:
+    """PyTorch's settings of this process as they were before the test."""
+    cudnn = torch.backends.cudnn
+    matmul, tf32 = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    flags = cudnn.deterministic, cudnn.benchmark
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    cudnn.allow_tf32 = tf32
+    cudnn.deterministic, cudnn.benchmark = flags
+    torch.use_deterministic_algorithms(algorithms)
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("precision_restored")
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_float32_is_float32_whatever_was_set_before(deterministic: bool) -> None:
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    set_precision(deterministic=deterministic)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.cuda.matmul.allow_tf32 is False
+        assert torch.backends.cudnn.allow_tf32 is False
+    # The newer settings agree; "none" is IEEE.
+    assert torch.backends.cuda.matmul.fp32_precision in ("ieee", "none")
+    assert torch.backends.cudnn.conv.fp32_precision in ("ieee", "none")
+
+
+@pytest.mark.usefixtures("precision_restored")
+def test_repeatable_or_fastest() -> None:
+    set_precision(deterministic=True)
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled(), "an operation without such a form may run"
+    assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    set_precision(deterministic=False)
+    assert torch.backends.cudnn.benchmark and not torch.backends.cudnn.deterministic
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.usefixtures("precision_restored")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_products_and_convolutions_on_a_gpu_are_exact_to_float32() -> None:
+    set_precision(deterministic=True)
+    a, b = torch.randn(2, 512, 512, device="cuda")
+    exact = a.double() @ b.double()
+    assert ((a @ b) - exact).norm() / exact.norm() < 1e-6  # TF32: 3e-4
+    x, weight = torch.randn(2, 64, 32, 32, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
+    exact = F.conv2d(x.double(), weight.double())
+    assert (F.conv2d(x, weight) - exact).norm() / exact.norm() < 1e-6

@@ -1,11 +1,24 @@
-"""The learning-rate schedule at points that can be worked out by hand."""
+"""The optimizer against the published update, its rate at points worked out by hand, norms of gradients."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from vfmvae.training.optim import OptimizerConfig, learning_rate, set_learning_rate
+from vfmvae.training.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    gradient_norm,
+    learning_rate,
+    scale_gradients,
+    set_learning_rate,
+)
 
 
 def test_the_rate_rises_linearly_over_the_warmup() -> None:
@@ -32,3 +45,190 @@ def test_the_rate_is_set_for_every_parameter() -> None:
     a.grad = b.grad = torch.ones(1)
     optimizer.step()
     assert (a.item(), b.item()) == (-0.25, -0.25)
+
+
+def adam_by_hand(config: OptimizerConfig, start: Tensor, gradients: list[Tensor]) -> Tensor:
+    """Algorithm 1 of arXiv 1412.6980; weight decay as L2 (adam) or decoupled as in arXiv 1711.05101."""
+    w, m, v = start.double(), torch.zeros_like(start).double(), torch.zeros_like(start).double()
+    beta1, beta2 = config.betas
+    for t, gradient in enumerate(gradients, start=1):
+        g = gradient.double()
+        if config.kind == "adam":
+            g = g + config.weight_decay * w
+        else:
+            w = w - config.learning_rate * config.weight_decay * w
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+        w = w - config.learning_rate * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + config.eps)
+    return w
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.999)])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_updates_are_the_published_ones(
+    kind: Literal["adam", "adamw"], betas: tuple[float, float], weight_decay: float
+) -> None:
+    config = OptimizerConfig(kind=kind, learning_rate=0.1, betas=betas, eps=1e-3, weight_decay=weight_decay)
+    parameter = nn.Parameter(torch.randn(7))
+    start, gradients = parameter.detach().clone(), list(torch.randn(5, 7))
+    optimizer = build_optimizer(config, [parameter])
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    expected = adam_by_hand(config, start, gradients)
+    torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_may_come_from_a_generator() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(OptimizerConfig(), (p for p in model.parameters()))
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+    assert optimizer.param_groups[0]["fused"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "sgd"}, "kind is 'sgd'; it must be 'adam' or 'adamw'"),
+        ({"schedule": "linear"}, "schedule is 'linear'"),
+        ({"implementation": "bitsandbytes"}, "implementation is 'bitsandbytes'"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\)"),
+        ({"eps": 0.0}, "eps is 0.0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan"),
+        ({"warmup": 1.0}, "warmup is 1.0"),
+    ],
+)
+def test_wrong_settings_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"optimizer.{message}"):
+        OptimizerConfig(**change)  # type: ignore[arg-type]
+
+
+class OnCuda(nn.Parameter):
+    """A parameter that says it lies on a CUDA device."""
+
+    is_cuda = True
+
+
+FAKE_APEX = """
+import torch
+
+class FusedAdam(torch.optim.SGD):
+    # The documented signature.
+    def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8,
+                 adam_w_mode=True, weight_decay=0., amsgrad=False, set_grad_none=True,
+                 capturable=False, master_weights=False):
+        if eps == 0.5:
+            raise RuntimeError("apex.optimizers.FusedAdam requires cuda extensions")
+        super().__init__(params, lr=lr)
+        self.seen = dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps,
+                         adam_w_mode=adam_w_mode, weight_decay=weight_decay, amsgrad=amsgrad)
+"""
+
+
+@pytest.fixture
+def apex_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder that imports come from first; what a test puts there under the name apex is used."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "apex"}
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        del sys.modules[name]
+    sys.modules.update(kept)
+
+
+def put_apex(folder: Path, optimizers: str | None) -> None:
+    (folder / "apex").mkdir()
+    (folder / "apex" / "__init__.py").touch()
+    if optimizers is not None:
+        (folder / "apex" / "optimizers.py").write_text(optimizers)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adamw"])
+def test_apex_is_given_every_setting(apex_folder: Path, kind: Literal["adam", "adamw"]) -> None:
+    put_apex(apex_folder, FAKE_APEX)
+    config = OptimizerConfig(
+        kind=kind, implementation="apex", learning_rate=0.02, betas=(0.1, 0.2), eps=1e-4, weight_decay=0.3
+    )
+    optimizer = build_optimizer(config, [OnCuda(torch.zeros(2))])
+    assert type(optimizer).__module__ == "apex.optimizers"
+    assert optimizer.seen == {  # type: ignore[attr-defined]
+        "lr": 0.02,
+        "bias_correction": True,
+        "betas": (0.1, 0.2),
+        "eps": 1e-4,
+        "adam_w_mode": kind == "adamw",
+        "weight_decay": 0.3,
+        "amsgrad": False,
+    }
+
+
+@pytest.mark.parametrize("optimizers", [None, FAKE_APEX])
+def test_apex_is_refused_with_the_reason(apex_folder: Path, optimizers: str | None) -> None:
+    put_apex(apex_folder, optimizers)  # None: another package of that name
+    config = OptimizerConfig(implementation="apex")
+    reason = "it needs parameters on a CUDA device" if optimizers else "NVIDIA apex is not installed"
+    remedy = ".*use --optimizer.implementation torch"
+    with pytest.raises(ValueError, match=f"'apex' cannot be used: {reason}{remedy}"):
+        build_optimizer(config, [nn.Parameter(torch.zeros(2))])
+
+
+def test_apex_without_its_extensions_is_refused(apex_folder: Path) -> None:
+    put_apex(apex_folder, FAKE_APEX)
+    config = OptimizerConfig(implementation="apex", eps=0.5)
+    with pytest.raises(ValueError, match="cannot be used: apex.optimizers.FusedAdam requires cuda ext"):
+        build_optimizer(config, [OnCuda(torch.zeros(2))])
+
+
+def test_a_broken_apex_is_not_taken_for_an_absent_one(apex_folder: Path) -> None:
+    put_apex(apex_folder, "import a_module_that_does_not_exist")
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_does_not_exist"):
+        build_optimizer(OptimizerConfig(implementation="apex"), [OnCuda(torch.zeros(2))])
+
+
+def with_gradients(*gradients: list[float]) -> list[nn.Parameter]:
+    parameters = [nn.Parameter(torch.zeros(len(values))) for values in gradients]
+    for parameter, values in zip(parameters, gradients, strict=True):
+        parameter.grad = torch.tensor(values)
+    return parameters
+
+
+def test_the_norm_is_that_of_all_gradients_as_one_vector() -> None:
+    parameters = with_gradients([3.0, 0.0], [0.0, 4.0, 12.0])  # 3^2 + 4^2 + 12^2 = 13^2
+    parameters.append(nn.Parameter(torch.zeros(2)))  # without a gradient
+    norm = gradient_norm(parameter for parameter in parameters)
+    assert norm.ndim == 0 and norm.item() == pytest.approx(13.0)
+
+
+def test_all_gradients_are_scaled_alike() -> None:
+    parameters = [*with_gradients([3.0, 0.0], [0.0, 4.0, 12.0]), nn.Parameter(torch.zeros(2))]
+    scale_gradients((parameter for parameter in parameters), torch.tensor(0.5))
+    torch.testing.assert_close(parameters[0].grad, torch.tensor([1.5, 0.0]))
+    torch.testing.assert_close(parameters[1].grad, torch.tensor([0.0, 2.0, 6.0]))
+    assert parameters[2].grad is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_not_hidden(value: float) -> None:
+    assert not gradient_norm(with_gradients([1.0, value], [2.0])).isfinite()
+
+
+def test_without_gradients_the_norm_is_zero() -> None:
+    parameters = [nn.Parameter(torch.ones(3))]
+    assert gradient_norm(parameters) == gradient_norm([]) == 0
+    scale_gradients(parameters, torch.tensor(0.5))
+    assert parameters[0].grad is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_norm_and_scaling_on_a_gpu_do_not_wait_for_it() -> None:
+    model = nn.Linear(4, 4).cuda()
+    model(torch.ones(2, 4, device="cuda")).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        norm = gradient_norm(model.parameters())
+        scale_gradients(model.parameters(), norm.reciprocal())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert gradient_norm(model.parameters()).item() == pytest.approx(1.0)

@@ -27,16 +27,35 @@ def test_new_runs_are_numbered_and_the_latest_is_found(
     assert latest_run_path("demo") == Path("runs/demo-11"), "by number, not by letters"
 
 
-@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "model.safetensors", "checkpoints"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metrics.jsonl",
+        "model.safetensors",
+        "checkpoints/step_00000004",
+        "checkpoints/step_00000004.damaged",
+    ],
+)
 def test_a_folder_with_any_file_of_a_run_is_taken(tmp_path: Path, name: str) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.check_new()
-    folder.path.mkdir()
+    folder.checkpoints.mkdir(parents=True)
     (folder.path / "notes.txt").touch()
     folder.check_new()
     (folder.path / name).touch()
     with pytest.raises(ValueError, match="run holds a run already; add --resume to go on with it, or give"):
         folder.check_new()
+
+
+def test_a_run_that_failed_before_it_had_anything_leaves_its_place(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin("{}\n", step=0, seen_images=0)
+    (folder.checkpoints / ".step_00000004.partial").mkdir(parents=True)
+    folder.check_new()
+    folder.check_resumable()
+    folder.begin('{"seed": 1}\n', step=0, seen_images=0)
+    assert folder.config.read_text() == '{"seed": 1}\n'
+    assert list(folder.checkpoints.iterdir()) == []
 
 
 def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
@@ -56,7 +75,7 @@ def test_beginning_clears_what_a_killed_process_left(tmp_path: Path) -> None:
     (folder.checkpoints / "step_00000004").mkdir()
     (tmp_path / ".model.safetensors.abc.partial").touch()
     folder.metrics.write_text('{"step": 4}\n{"step": 6}\n')
-    folder.begin("{}\n", step=4)
+    folder.begin("{}\n", step=4, seen_images=4)
     assert folder.config.read_text() == "{}\n"
     assert folder.metrics.read_text() == '{"step": 4}\n'
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "config.json", "metrics.jsonl"]

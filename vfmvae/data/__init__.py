@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vfmvae.data.images import ImageFolder, open_data
+from vfmvae.data.loader import load_batches, worker_deaths
 from vfmvae.data.photographs import Photographs
 from vfmvae.data.source import ImageBatch, ImageSource, Split, validation_batches
 
@@ -12,6 +13,8 @@ __all__ = [
     "ImageSource",
     "Photographs",
     "Split",
+    "load_batches",
     "open_data",
     "validation_batches",
+    "worker_deaths",
 ]

@@ -1,8 +1,10 @@
-"""The device and the compute dtype of a run, from what the user asked for."""
+"""The device, the compute dtype and the float32 precision of a run, from what the user asked for."""
 
 from __future__ import annotations
 
 import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -23,8 +25,34 @@ def pick_device(name: str) -> torch.device:
 def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype that activations take beside fp32 parameters; None where they are fp32 too.
 
-    `name` is "fp32", "bf16" or "auto": bf16 on CUDA, fp32 elsewhere.
+    `name` is "fp32", "bf16", "fp16" (whose gradients need loss scaling) or "auto": bf16 on CUDA, fp32
+    elsewhere. ValueError for another name.
     """
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
-    return torch.bfloat16 if name == "bf16" else None
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; it must be one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name] if name != "fp32" else None
+
+
+def set_precision(*, deterministic: bool) -> None:
+    """Make float32 mean IEEE float32 in this process, and choose between repeatable and fastest kernels.
+
+    float32: no TF32 in matrix products and convolutions. cuDNN's default is TF32, with 10 bits of mantissa,
+    which would make an fp32 run neither exact nor comparable with one on a CPU; who wants speed has bf16.
+
+    Args:
+        deterministic: True: the same inputs give the same bits on the same device. PyTorch warns about each
+            operation that has no such form, and cuBLAS asks for CUBLAS_WORKSPACE_CONFIG=:4096:8 in the
+            environment. False: cuDNN times its algorithms at the first batch of each shape and keeps the
+            fastest, so runs agree to rounding only.
+    """
+    # The older of two families of settings: once the newer one (fp32_precision) has been used, reading
+    # allow_tf32 raises, and torch.compile and others read it.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # That also fills fresh memory with NaN, which finds reads of it but costs a pass over every result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,14 +1,54 @@
-"""Pictures that a run leaves behind."""
+"""Pictures that a run leaves behind: originals above their reconstructions, over time.
+
+<run>/figures/reconstructions_000001280000.png     after that many images
+<run>/reconstructions.png                          the latest
+"""
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vfmvae.atomic import write_atomically
+
 GAP = 4
+LATEST = "reconstructions.png"
+FOLDER = "figures"
+_NAME = re.compile(r"reconstructions_(\d{12})\.png")
+
+
+def write_figure(
+    run: Path, seen_images: int, images: Tensor, reconstructions: Tensor, columns: int = 8, rows: int = 2
+) -> Path:
+    """Write the picture of this moment of the run in folder `run`, also as the latest; returns the former.
+
+    Arguments as for `save_reconstructions`. Each file appears whole or not at all; OSError with a sentence if
+    one cannot be written.
+    """
+    png = io.BytesIO()
+    _sheet(images, reconstructions, columns, rows).save(png, format="PNG")
+    path = run / FOLDER / f"reconstructions_{seen_images:012d}.png"
+    for target in (path, run / LATEST):
+        write_atomically(target, lambda partial: partial.write_bytes(png.getvalue()))
+    return path
+
+
+def figures(run: Path) -> list[tuple[int, Path]]:
+    """(seen images, picture) of a run, in order."""
+    found = [(_NAME.fullmatch(path.name), path) for path in (run / FOLDER).glob("*.png")]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def keep_figures_until(run: Path, seen_images: int) -> None:
+    """Remove pictures of later moments, which a resumed run draws again."""
+    for later, path in figures(run):
+        if later > seen_images:
+            path.unlink()
 
 
 def save_reconstructions(
@@ -17,8 +57,18 @@ def save_reconstructions(
     """Write a PNG in which every row of originals stands above the row of their reconstructions.
 
     images, reconstructions: uint8 [N, 3, H, W]; the first columns * rows are shown, small ones enlarged
-    without smoothing.
+    without smoothing. ValueError for tensors of other shapes or dtypes.
     """
+    _sheet(images, reconstructions, columns, rows).save(path, format="PNG")
+
+
+def _sheet(images: Tensor, reconstructions: Tensor, columns: int, rows: int) -> Image.Image:
+    same = images.shape == reconstructions.shape and images.dtype == reconstructions.dtype == torch.uint8
+    if not same or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(
+            f"images are {images.dtype} {tuple(images.shape)}, reconstructions {reconstructions.dtype}"
+            f" {tuple(reconstructions.shape)}; needed are two uint8 [N, 3, H, W] of one shape"
+        )
     shown = min(len(images), columns * rows)
     columns = min(columns, shown)
     bands = []
@@ -29,8 +79,7 @@ def save_reconstructions(
     sheet = torch.cat(bands[:-1], dim=1)
     picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
     enlarge = max(1, 128 // images.shape[-1])
-    picture = picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
-    picture.save(path, format="PNG")
+    return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
 
 
 def _row(images: Tensor, columns: int) -> Tensor:

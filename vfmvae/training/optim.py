@@ -1,38 +1,120 @@
-"""The optimizer's configuration and its learning-rate schedule."""
+"""The optimizer: its configuration, how it is built, its learning-rate schedule; what clips gradients."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vfmvae.serialization import check_fields
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam; its rate follows the share of the run that is done."""
+    """Adam or AdamW; the rate follows the share of the run that is done."""
 
+    kind: Literal["adam", "adamw"] = "adam"
+    """What weight decay does: part of the gradient (adam), or apart from it (adamw, arXiv 1711.05101)."""
     learning_rate: float = 1e-4
     """The highest rate of the run."""
     betas: tuple[float, float] = (0.0, 0.99)
     """Decay of the running means of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to the root of the mean square."""
+    weight_decay: float = 0.0
+    """Pull of every parameter towards 0."""
     warmup: float = 0.0
     """Share of the run over which the rate rises from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
     """The rate after the warmup: constant, or half a cosine down to 0."""
+    implementation: Literal["torch", "apex"] = "torch"
+    """torch's fused kernels, or FusedAdam of NVIDIA apex, which must be installed; the same mathematics."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "optimizer")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(
                 f"optimizer.learning_rate is {self.learning_rate}; it must be above 0 and finite"
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {self.betas}; both must lie in [0, 1)")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"optimizer.eps is {self.eps}; it must be above 0 and finite")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"optimizer.weight_decay is {self.weight_decay}; it must be finite and not negative"
+            )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"optimizer.warmup is {self.warmup}; it must lie in [0, 1)")
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"optimizer.schedule is {self.schedule!r}; it must be 'constant' or 'cosine'")
+        choices = {
+            "kind": ("adam", "adamw"),
+            "schedule": ("constant", "cosine"),
+            "implementation": ("torch", "apex"),
+        }
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                raise ValueError(
+                    f"optimizer.{name} is {getattr(self, name)!r}; it must be {' or '.join(map(repr, valid))}"
+                )
+
+
+def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer of these parameters, at the highest rate of the schedule.
+
+    Raises ValueError where apex is asked for and cannot be used, with the reason.
+    """
+    parameters = list(parameters)
+    if config.implementation == "apex":
+        return _apex_adam(config, parameters)
+    adam = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
+    return adam(
+        _groups(parameters),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def _groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
+    """Sharded parameters apart from whole ones: one fused operation cannot take both."""
+    kinds = ([p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True))
+    return [{"params": kind} for kind in kinds if kind]
+
+
+def _apex_adam(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    # An unrelated package on PyPI is called apex too.
+    if find_spec("apex") is None or find_spec("apex.optimizers") is None:
+        raise _apex_refused("NVIDIA apex is not installed")
+    if not all(parameter.is_cuda for parameter in parameters):
+        raise _apex_refused("it needs parameters on a CUDA device")
+    from apex.optimizers import FusedAdam
+
+    try:
+        return FusedAdam(
+            parameters,
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            adam_w_mode=config.kind == "adamw",
+            weight_decay=config.weight_decay,
+        )
+    except RuntimeError as error:  # apex built without its CUDA extensions
+        raise _apex_refused(str(error)) from None
+
+
+def _apex_refused(why: str) -> ValueError:
+    return ValueError(
+        f"optimizer.implementation 'apex' cannot be used: {why}; build apex from its source with its CUDA"
+        f" extensions, or use --optimizer.implementation torch"
+    )
 
 
 def learning_rate(config: OptimizerConfig, progress: float) -> float:
@@ -49,3 +131,37 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use `rate` for every parameter from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm of all gradients as one vector, over every process that holds shards of them.
+
+    A scalar on the gradients' device; NaN or infinite where a gradient is; 0 without any gradient. Does not
+    wait for the device. A collective if the parameters are sharded.
+    """
+    parameters = list(parameters)
+    gradients = _gradients(parameters)
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device if parameters else None)
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    # One operation cannot mix the two kinds.
+    norms = [torch.nn.utils.get_total_norm(kind) for kind in (plain, sharded) if kind]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiply all gradients by a scalar on their device, in place, without waiting for it.
+
+    Clipping to a norm c is the factor min(1, c / gradient_norm(parameters)).
+    """
+    shards = [g.to_local() if isinstance(g, DTensor) else g for g in _gradients(parameters)]
+    if shards:
+        torch._foreach_mul_(shards, factor)
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]

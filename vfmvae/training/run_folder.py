@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vfmvae.atomic import remove_leftovers, write_atomically
-from vfmvae.training.checkpoint import checkpoints, remove_partial_checkpoints
+from vfmvae.training.checkpoint_folder import checkpoints, remove_partial_checkpoints
+from vfmvae.training.figures import LATEST, keep_figures_until
 from vfmvae.training.logging import keep_lines_until
 
 RUNS = Path("runs")
@@ -22,25 +23,33 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model.safetensors"
-        self.figure = path / "reconstructions.png"
+        self.figure = path / LATEST
 
     def check_new(self) -> None:
-        """ValueError unless a new run can begin here, because a run's files or something else is there."""
+        """ValueError unless a new run can begin here, because a run's files or something else is there.
+
+        A run that ended before its first checkpoint and its first line of metrics left nothing to go on with;
+        a new one takes its place.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; give a folder as --run-dir")
-        if any(p.exists() for p in (self.config, self.metrics, self.checkpoints, self.model)):
+        if self._holds_training():
             raise ValueError(
                 f"{self.path} holds a run already; add --resume to go on with it, or give another --run-dir"
             )
+
+    def _holds_training(self) -> bool:
+        files = (self.metrics, self.model, *self.checkpoints.glob("step_*"))
+        return any(path.exists() for path in files)
 
     def check_resumable(self) -> None:
         """ValueError if there is no run to go on with."""
         if not self.config.exists():
             raise ValueError(f"{self.path} holds no run to resume (no {self.config.name})")
 
-    def begin(self, config_json: str, step: int) -> None:
+    def begin(self, config_json: str, step: int, seen_images: int) -> None:
         """Take the folder for a run that has done `step` steps: write its config, and clear what a killed
-        process left (temporary files, metrics beyond `step`).
+        process left (temporary files, metrics and pictures from beyond).
 
         Raises OSError with a sentence if the folder cannot be written.
         """
@@ -48,6 +57,7 @@ class RunFolder:
         remove_leftovers(self.path)
         remove_partial_checkpoints(self.checkpoints)
         keep_lines_until(self.metrics, step)
+        keep_figures_until(self.path, seen_images)
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint of the most steps, or None."""
@@ -58,9 +68,9 @@ class RunFolder:
         """Write a file of this run whole or not at all; OSError with a sentence if that fails."""
         write_atomically(path, write)
 
-    def resume_command(self) -> str:
-        """What to type to go on with this run."""
-        return f"python -m vfmvae.train --run-dir {shlex.quote(str(self.path))} --resume"
+    def resume_command(self, launcher: str = "python") -> str:
+        """What to type to go on with this run; `launcher` starts its processes."""
+        return f"{launcher} -m vfmvae.train --run-dir {shlex.quote(str(self.path))} --resume"
 
 
 def new_run_path(name: str) -> Path:

@@ -20,8 +20,11 @@ class StopRequest:
     Python handles signals.
     """
 
-    def __init__(self, notify: Callable[[], None]) -> None:
+    def __init__(self, notify: Callable[[], None], patient: bool = False) -> None:
+        """`patient`: further signals do nothing. torchrun forwards what a batch system sends to it and to
+        every process, so one wish to stop arrives twice; it kills what has not ended in time."""
         self._notify = notify
+        self._patient = patient
         self._previous: dict[int, Any] = {}
         self.signal = 0
         """Number of the signal that came, or 0."""
@@ -36,8 +39,11 @@ class StopRequest:
         self._restore()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            return
         self.signal = number
-        self._restore()
+        if not self._patient:
+            self._restore()
         self._notify()
 
     def _restore(self) -> None:

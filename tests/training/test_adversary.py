@@ -1,0 +1,91 @@
+"""Both games by their definitions: hinge and least squares, feature matching, the penalty, and the blur."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny_runs import tiny
+from vfmvae.discriminators import PatchDiscriminator, ProjectedDiscriminator
+from vfmvae.discriminators.blur import gaussian_blur
+from vfmvae.training.adversary import PatchAdversary, ProjectedAdversary
+from vfmvae.training.draws import StepDraws
+
+
+@pytest.fixture(scope="module")
+def projected() -> ProjectedAdversary:
+    torch.manual_seed(1)
+    return ProjectedAdversary(ProjectedDiscriminator(tiny().discriminator))
+
+
+@pytest.fixture
+def patch() -> PatchAdversary:
+    return PatchAdversary(PatchDiscriminator(width=4))
+
+
+def draws() -> StepDraws:
+    return StepDraws(0, 3, torch.device("cpu"), 0, 2, 2)
+
+
+def pair() -> tuple[Tensor, Tensor]:
+    return torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
+
+
+def test_the_projected_game_is_the_hinge_game(projected: ProjectedAdversary) -> None:
+    real, fake = pair()
+    together = draws()
+    of_real, of_fake = (projected.logits(images, together, 0.0) for images in (real, fake))
+    expected = (1 - of_real).relu().mean() + (1 + of_fake).relu().mean()
+    torch.testing.assert_close(projected(real, fake, draws(), 0.0, {}), expected)
+    losses = projected.generator_losses(fake, real, draws(), 0.0, {"adversarial": 1.0})
+    torch.testing.assert_close(losses["adversarial"], -projected.logits(fake, draws(), 0.0).mean())
+    assert projected.generator_losses(fake, real, draws(), 0.0, {}) == {}
+
+
+def test_r1_is_a_penalty_on_the_gradient_at_real_images(projected: ProjectedAdversary) -> None:
+    real, fake = pair()
+    plain, penalised = (projected(real, fake, draws(), 0.0, w) for w in ({}, {"r1": 2.0}))
+    leaf = real.clone().requires_grad_()
+    logits = projected.logits(leaf, draws(), 0.0, double_backward=True)
+    (gradient,) = torch.autograd.grad(logits.sum(), leaf)
+    per_image = gradient.square().sum((1, 2, 3)).mean()
+    ratio = (penalised - plain).item() / per_image.item()
+    assert ratio > 0
+    other, again = (projected(real, fake, draws(), 0.0, {"r1": w}) for w in (4.0, 0.0))
+    assert (other - again).item() == pytest.approx(2 * (penalised - plain).item(), rel=1e-3)
+    projected.zero_grad(set_to_none=True)
+    penalised.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in projected.parameters())
+
+
+def test_the_patch_game_is_least_squares(patch: PatchAdversary) -> None:
+    real, fake = pair()
+    of_real, of_fake = patch.discriminator(real), patch.discriminator(fake)
+    scales = range(len(of_real))
+    terms = [(of_real[n].logits - 1).square().mean() + of_fake[n].logits.square().mean() for n in scales]
+    loss = patch(real, fake, draws(), 0.0, {})
+    ratio = (loss / torch.stack(terms).mean()).item()
+    assert ratio == pytest.approx(1.0, rel=1e-5) or ratio == pytest.approx(0.5, rel=1e-5)
+    found = patch.generator_losses(fake, real, draws(), 0.0, {"patch_adversarial": 1, "feature_matching": 1})
+    assert list(found) == ["patch_adversarial", "feature_matching"]
+    same = patch.generator_losses(real, real, draws(), 0.0, {"feature_matching": 1.0})
+    assert list(same) == ["feature_matching"] and same["feature_matching"] == 0
+
+
+def test_both_see_blurred_images(projected: ProjectedAdversary, patch: PatchAdversary) -> None:
+    real, fake = pair()
+    blurred = [gaussian_blur(images, 1.5) for images in (real, fake)]
+    for game in (projected, patch):
+        with_blur = game(real, fake, draws(), 1.5, {})
+        torch.testing.assert_close(with_blur, game(*blurred, draws(), 0.0, {}))
+        assert with_blur != game(real, fake, draws(), 0.0, {})
+
+
+def test_spectral_norms_move_once_per_step_only(projected: ProjectedAdversary) -> None:
+    real, fake = pair()
+    before = {name: b.clone() for name, b in projected.named_buffers()}
+    projected(real, fake, draws(), 0.0, {})
+    assert all(torch.equal(b, before[name]) for name, b in projected.named_buffers())
+    projected.prepare()
+    assert any(not torch.equal(b, before[name]) for name, b in projected.named_buffers())

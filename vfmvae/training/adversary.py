@@ -1,0 +1,124 @@
+"""Discriminators in training: each has its losses, its optimizer and its guard.
+
+A game is a module whose forward is the discriminator's own loss, so that DDP can wrap it; the tokenizer's
+side of it is `generator_losses`. Images are [B, 3, H, W], about [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vfmvae.discriminators import AUGMENT_UNIFORMS, PatchDiscriminator, ProjectedDiscriminator
+from vfmvae.discriminators.blur import gaussian_blur
+from vfmvae.losses.adversarial import (
+    feature_matching_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    lsgan_discriminator_loss,
+    lsgan_generator_loss,
+    r1_penalty,
+)
+from vfmvae.training.draws import StepDraws
+from vfmvae.training.guard import StepGuard
+
+
+class ProjectedAdversary(nn.Module):
+    """The hinge game on a frozen backbone's features."""
+
+    def __init__(self, discriminator: ProjectedDiscriminator) -> None:
+        super().__init__()
+        # Spectral norms are iterated once per step, however many passes it takes: see `prepare`.
+        self.discriminator = discriminator.eval()
+
+    def prepare(self) -> None:
+        """Follow the weights with the spectral norms' vectors; once before the passes of a step."""
+        self.discriminator.iterate_spectral_norms()
+
+    def forward(
+        self, real: Tensor, fake: Tensor, draws: StepDraws, sigma: float, weights: Mapping[str, float]
+    ) -> Tensor:
+        """The discriminator's loss, a scalar. `sigma`: blur of what it sees, in pixels."""
+        penalised = weights.get("r1", 0.0)
+        if penalised:
+            real = real.detach().requires_grad_()
+        of_real = self.logits(real, draws, sigma, double_backward=bool(penalised))
+        of_fake = self.logits(fake, draws, sigma)
+        loss = hinge_discriminator_loss(of_real, of_fake)
+        return loss + penalised * r1_penalty(real, of_real) if penalised else loss
+
+    def generator_losses(
+        self, fake: Tensor, real: Tensor, draws: StepDraws, sigma: float, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """The terms that ask the tokenizer to pass for real, by name; unweighted scalars."""
+        if "adversarial" not in weights:
+            return {}
+        return {"adversarial": hinge_generator_loss(self.logits(fake, draws, sigma))}
+
+    def logits(self, images: Tensor, draws: StepDraws, sigma: float, double_backward: bool = False) -> Tensor:
+        """[B, layers * tokens] of images blurred, then augmented by draws of their own.
+
+        `double_backward`: the gradient at the images will be differentiated again.
+        """
+        choice, row, column = draws.shared(3)
+        uniforms = draws.uniform((AUGMENT_UNIFORMS,))
+        return self.discriminator(
+            gaussian_blur(images, sigma), uniforms, (choice, row, column), double_backward=double_backward
+        )
+
+
+class PatchAdversary(nn.Module):
+    """The least-squares game on patches at three scales, and its feature matching."""
+
+    def __init__(self, discriminator: PatchDiscriminator) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def prepare(self) -> None:
+        """Nothing to do before a step."""
+
+    def forward(
+        self, real: Tensor, fake: Tensor, draws: StepDraws, sigma: float, weights: Mapping[str, float]
+    ) -> Tensor:
+        """The discriminator's loss, a scalar."""
+        of_real, of_fake = (self.discriminator(gaussian_blur(images, sigma)) for images in (real, fake))
+        return lsgan_discriminator_loss([o.logits for o in of_real], [o.logits for o in of_fake])
+
+    def generator_losses(
+        self, fake: Tensor, real: Tensor, draws: StepDraws, sigma: float, weights: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """The terms that ask the tokenizer to pass for real, by name; unweighted scalars."""
+        losses = {}
+        of_fake = self.discriminator(gaussian_blur(fake, sigma))
+        if "patch_adversarial" in weights:
+            losses["patch_adversarial"] = lsgan_generator_loss([o.logits for o in of_fake])
+        if "feature_matching" in weights:
+            with torch.no_grad():
+                of_real = self.discriminator(gaussian_blur(real, sigma))
+            losses["feature_matching"] = feature_matching_loss(
+                [o.features for o in of_fake], [o.features for o in of_real]
+            )
+        return losses
+
+
+TERMS_OF = {"projected": ("adversarial",), "patch": ("patch_adversarial", "feature_matching")}
+"""Which terms of a stage each adversary gives; a stage without them leaves it alone."""
+
+
+@dataclass
+class Adversary:
+    """One discriminator of a run, by its name in `TERMS_OF`."""
+
+    name: str
+    game: ProjectedAdversary | PatchAdversary
+    model: nn.Module
+    """`game`, wrapped for the run's processes; called for the discriminator's loss."""
+    optimizer: torch.optim.Optimizer
+    guard: StepGuard
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.game.parameters() if p.requires_grad]

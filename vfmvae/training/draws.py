@@ -1,0 +1,75 @@
+"""Every random number of a step as a function of (seed, step, stream, call, position in the global batch).
+
+One process, several processes and gradient accumulation therefore see the same numbers for the same image,
+and a resumed run draws what it would have drawn: there is no generator state to store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class StepDraws:
+    """The draws of one step for images `first` to `first + count` of a global batch of `total` images.
+
+    The n-th call on one object is the n-th substream, so every process, and every part of an accumulated
+    batch, must make the same calls in the same order on an object of its own. `stream` separates users of one
+    step that do not know how often the other one draws.
+
+    A batch is drawn whole and cut, on the CPU by numpy's Philox, on CUDA by the device's own generator:
+    neither waits for the other, but the numbers differ between the two (and between models of GPU, whose
+    generator splits a tensor differently).
+    """
+
+    def __init__(
+        self, seed: int, step: int, device: torch.device, first: int, count: int, total: int, stream: int = 0
+    ) -> None:
+        if min(seed, step, stream) < 0:
+            raise ValueError(
+                f"seed {seed}, step {step} and stream {stream} name random numbers; none may be negative"
+            )
+        if not 0 <= first <= first + count <= total:
+            raise ValueError(f"images {first} to {first + count} lie outside of a batch of {total}")
+        self._seed, self._step, self._stream = seed, step, stream
+        self._device = device
+        self._rows = slice(first, first + count)
+        self._total = total
+        self._calls = 0
+        self._on_device = torch.Generator(device) if device.type == "cuda" else None
+
+    def normal(self, shape_per_image: Sequence[int]) -> Tensor:
+        """Standard normal numbers [count, *shape_per_image], float32, on the device."""
+        shape, philox = (self._total, *shape_per_image), self._next_call()
+        if self._on_device is not None:
+            generator = self._on_device.manual_seed(philox.random_raw())
+            return torch.randn(shape, generator=generator, device=self._device)[self._rows]
+        numbers = np.random.Generator(philox).standard_normal(shape, dtype=np.float32)
+        return torch.from_numpy(numbers)[self._rows].to(self._device)
+
+    def uniform(self, shape_per_image: Sequence[int]) -> Tensor:
+        """Uniform numbers in [0, 1), [count, *shape_per_image], float32, on the device."""
+        shape, philox = (self._total, *shape_per_image), self._next_call()
+        if self._on_device is not None:
+            generator = self._on_device.manual_seed(philox.random_raw())
+            return torch.rand(shape, generator=generator, device=self._device)[self._rows]
+        numbers = np.random.Generator(philox).random(shape, dtype=np.float32)
+        return torch.from_numpy(numbers)[self._rows].to(self._device)
+
+    def shared(self, count: int) -> list[float]:
+        """Uniform numbers in [0, 1) for decisions about the whole batch: the same on every device."""
+        return np.random.Generator(self._next_call()).random(count).tolist()
+
+    def _next_call(self) -> np.random.Philox:
+        """A generator of its own for this call.
+
+        Philox (Salmon et al., SC 2011) turns (key, counter) into bits. The call, stream and step are the
+        upper words of the 256-bit counter, and drawing advances the lowest, so streams never overlap. torch's
+        CPU generator would not do: it uses 32 bits of its seed, so streams of a long run would meet.
+        """
+        counter = np.array([0, self._calls, self._stream, self._step], dtype=np.uint64)
+        self._calls += 1
+        return np.random.Philox(counter=counter, key=self._seed)

@@ -1,0 +1,48 @@
+"""How a run computes: options that change speed, memory or precision, and nothing a run should learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from vfmvae.serialization import check_fields
+
+Compile = Literal["off", "default", "cuda-graphs"]
+Parallel = Literal["ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Speed and memory of a training step."""
+
+    share_forward: bool = True
+    """One forward per step for discriminator and tokenizer, with the same random draws; else two, with
+    draws of their own, as published."""
+    accumulate: int = 1
+    """Parts that every batch is computed in, one after another; the update is that of the whole batch."""
+    adaptive_every: int = 1
+    """Steps between two measurements of the adaptive alignment weight; it stays as it is in between."""
+    clip_norm: float = 0.0
+    """Gradients are scaled down to this norm, tokenizer and discriminators apart; 0: not."""
+    recompute: bool = False
+    """Keep only the input of each decoder block and compute the rest again in the backward pass."""
+    compile: Compile = "off"
+    """torch.compile of encoder blocks and decoder blocks; "cuda-graphs" also records CUDA graphs, one set
+    per image size."""
+    parallel: Parallel = "ddp"
+    """Several processes: a copy of the model in each (DDP), or encoder and decoder sharded (FSDP2)."""
+    deterministic: bool = True
+    """Only operations that give the same bits every time, where they exist."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "engine")
+        for name in ("accumulate", "adaptive_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.clip_norm < 0:
+            raise ValueError(f"engine.clip_norm is {self.clip_norm}; it must not be negative")
+        for name, choices in {"compile": get_args(Compile), "parallel": get_args(Parallel)}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"engine.{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}"
+                )

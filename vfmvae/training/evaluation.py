@@ -1,0 +1,58 @@
+"""How well a tokenizer reconstructs held-out images, measured now and then while it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from vfmvae.data import ImageSource, validation_batches
+from vfmvae.images import to_uint8, to_unit
+from vfmvae.losses.perceptual import PerceptualNetwork
+from vfmvae.metrics.reconstruction import lpips, psnr, ssim
+from vfmvae.tokenizer import Tokenizer
+
+HELD_OUT_IMAGES = 64
+
+
+@dataclass
+class Evaluation:
+    """Held-out images, their reconstructions (uint8 [N, 3, R, R]) and the mean of each measure by name."""
+
+    images: Tensor
+    reconstructions: Tensor
+    quality: dict[str, float]
+
+
+@torch.no_grad()
+def evaluate(
+    tokenizer: Tokenizer,
+    held_out: ImageSource,
+    batch_size: int,
+    distances: dict[str, PerceptualNetwork],
+) -> Evaluation:
+    """Reconstruct the first held-out images from the posterior's mode, rounded to 8 bits.
+
+    `distances`: perceptual networks by the name of what they measure. The tokenizer is in training mode
+    afterwards.
+    """
+    tokenizer.eval()
+    device = tokenizer.align.weight.device
+    originals: list[Tensor] = []
+    reconstructions: list[Tensor] = []
+    measured: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], **{name: [] for name in distances}}
+    for batch in islice(validation_batches(held_out, batch_size), -(-HELD_OUT_IMAGES // batch_size)):
+        images = batch["image"][: HELD_OUT_IMAGES - len(originals) * batch_size].to(device)
+        decoded = to_uint8(tokenizer.decode(tokenizer.encode(images).mode()))
+        originals.append(images)
+        reconstructions.append(decoded)
+        pair = to_unit(decoded), to_unit(images)
+        measured["psnr"].append(psnr(*pair))
+        measured["ssim"].append(ssim(*pair))
+        for name, network in distances.items():
+            measured[name].append(lpips(*pair, network))
+    tokenizer.train()
+    quality = {name: torch.cat(values).double().mean().item() for name, values in measured.items()}
+    return Evaluation(torch.cat(originals).cpu(), torch.cat(reconstructions).cpu(), quality)

@@ -1,0 +1,186 @@
+"""Stages: what a run trains, for how many images, with which losses, one after another.
+
+A run is a list of stages; nothing in the engine knows which system a list describes. Progress is counted in
+images. `StagePlan` turns images into updates and says where in the list an update lies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+from vfmvae.losses.schedule import WeightSchedule
+from vfmvae.serialization import check_fields
+from vfmvae.tokenizer.equivariance import EquivarianceConfig
+from vfmvae.training.optim import OptimizerConfig
+
+IMAGE_TERMS = ("l1", "l2", "multiscale_l1", "perceptual", "ssim")
+"""Terms that compare the reconstruction with the image."""
+ADVERSARIAL_TERMS = ("adversarial", "patch_adversarial", "feature_matching")
+"""Terms that a discriminator gives."""
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms of the tokenizer's loss; a term with weight 0 is not computed."""
+
+    l1: float = 1.0
+    """L1 of the reconstruction, images in [-1, 1]."""
+    l2: float = 0.0
+    """Mean squared error of the reconstruction."""
+    multiscale_l1: float = 0.1
+    """Sum of the L1 of the five smaller images."""
+    perceptual: float = 0.0
+    """Distance of network features; `perceptual.network` says of which network (LPIPS by default)."""
+    ssim: float = 0.0
+    """1 - structural similarity."""
+    kl: float = 1e-6
+    """Divergence of a Gaussian posterior from the standard normal distribution, summed over the latent."""
+    alignment: float = 5.0
+    """Alignment of the latents to the encoder's features."""
+    adaptive_alignment: bool = True
+    """Multiply the alignment weight by the ratio of gradient norms, reconstruction over alignment."""
+    quantization: float = 1.0
+    """Code and commitment loss of a discrete bottleneck."""
+    entropy: float = 0.0
+    """Entropy loss of a discrete bottleneck."""
+    preservation: float = 0.0
+    """Squared distance of the latents' mean from that of a frozen copy made when the stage began."""
+    adversarial: float = 0.0
+    """Hinge loss through the projected discriminator."""
+    patch_adversarial: float = 0.0
+    """Least-squares loss through the multi-scale PatchGAN."""
+    feature_matching: float = 0.0
+    """L1 of the PatchGAN's features, fake to real."""
+    r1: float = 0.0
+    """Penalty on the projected discriminator's gradient at real images (a loss of the discriminator)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "losses")
+        for name in TERMS:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"losses.{name} is {value}; weights must be finite and not negative")
+        if not any(getattr(self, name) for name in (*IMAGE_TERMS, *ADVERSARIAL_TERMS)):
+            raise ValueError(
+                f"no loss asks for a reconstruction; give one of losses."
+                f"{{{','.join((*IMAGE_TERMS, *ADVERSARIAL_TERMS))}}} a weight"
+            )
+        if self.r1 and not self.adversarial:
+            raise ValueError(
+                f"losses.r1 is {self.r1}, which penalises the discriminator of losses.adversarial;"
+                f" give that a weight too"
+            )
+
+
+TERMS = tuple(f.name for f in fields(LossWeights) if f.name != "adaptive_alignment")
+
+
+@dataclass(frozen=True)
+class TermSchedule(WeightSchedule):
+    """When one term of a stage is on; images are counted from the beginning of the stage."""
+
+    term: str = "l1"
+    """A name of `LossWeights`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.term not in TERMS:
+            raise ValueError(
+                f"a schedule names the loss {self.term!r}, which does not exist; known: {', '.join(TERMS)}"
+            )
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of a run."""
+
+    name: str = "train"
+    images: int = 20_000_000
+    """Length of the stage, in images seen."""
+    trains: tuple[str, ...] = ("fusion", "bottleneck", "align", "decompress", "style", "decoder")
+    """Parts that train; all others are frozen. Also "encoder", and "decoder>N": the blocks above N px."""
+    losses: LossWeights = field(default_factory=LossWeights)
+    schedules: tuple[TermSchedule, ...] = ()
+    """Terms without one are on for the whole stage."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
+    blur_sigma: float = 0.0
+    """Blur of what the discriminators see when the stage begins, in pixels."""
+    blur_images: int = 0
+    """Images over which that blur fades."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "")
+        if not self.name:
+            raise ValueError("a stage needs a name")
+        if self.images < 1:
+            raise ValueError(f"stage {self.name!r}: images is {self.images}; it must be at least 1")
+        if not self.trains:
+            raise ValueError(f"stage {self.name!r} trains nothing; name at least one part in trains")
+        if "align" in self.trains and not self.losses.alignment:
+            raise ValueError(
+                f"stage {self.name!r} trains 'align', which only losses.alignment reads; give that a weight"
+                f" or leave 'align' out of trains"
+            )
+        if self.blur_sigma < 0 or self.blur_images < 0:
+            raise ValueError(
+                f"stage {self.name!r}: blur_sigma {self.blur_sigma} and blur_images {self.blur_images}"
+                f" must not be negative"
+            )
+
+    def weights(self, seen_images: int) -> dict[str, float]:
+        """The weight of every term after `seen_images` images of this stage, without those that are 0."""
+        weights = {term: getattr(self.losses, term) for term in TERMS}
+        for schedule in self.schedules:
+            weights[schedule.term] *= schedule.factor(seen_images)
+        return {term: weight for term, weight in weights.items() if weight}
+
+
+class Place(NamedTuple):
+    """Where an update lies: the number of its stage, and the updates of that stage that come before it."""
+
+    stage: int
+    step: int
+
+
+class StagePlan:
+    """Stages of given lengths in updates, in a row."""
+
+    def __init__(self, stages: Sequence[StageConfig], batch_size: int, steps: int | None = None) -> None:
+        """`steps`: updates in all, shared among the stages in proportion; None: as their images need."""
+        self._batch_size = batch_size
+        if steps is None:
+            self.lengths = [math.ceil(stage.images / batch_size) for stage in stages]
+        else:
+            ends, total, seen = [], sum(stage.images for stage in stages), 0
+            for stage in stages:
+                seen += stage.images
+                ends.append(round(steps * seen / total))
+            self.lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+        self._images = [stage.images for stage in stages]
+
+    @property
+    def steps(self) -> int:
+        """Updates of all stages."""
+        return sum(self.lengths)
+
+    def locate(self, step: int) -> Place:
+        """The place of update number `step` (0 for the first), or ValueError beyond the end."""
+        left = step
+        for number, length in enumerate(self.lengths):
+            if left < length:
+                return Place(number, left)
+            left -= length
+        raise ValueError(f"step {step} lies beyond the {self.steps} of this run")
+
+    def progress(self, place: Place) -> float:
+        """The share of its stage that is done in the middle of an update."""
+        return (place.step + 0.5) / self.lengths[place.stage]
+
+    def stage_images(self, place: Place) -> int:
+        """Images of its stage before an update, on the scale that the stage's configuration uses."""
+        return round(self._images[place.stage] * place.step / self.lengths[place.stage])
