@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import pytest
 
 import vfmvae.cli
 from tests.helpers import ROOT, run_python
-from vfmvae.cli import COMMANDS, command
+from vfmvae.cli import COMMANDS, UsageError, command, parse
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -48,6 +49,89 @@ def test_expected_mistakes_are_one_line(
 def test_our_own_mistakes_keep_their_traceback() -> None:
     with pytest.raises(KeyError):
         raising(KeyError("bug"))()
+
+
+def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        raising(UsageError("share is 2/2"))()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: share is 2/2\n"
+
+
+@dataclass
+class Inner:
+    depth: int = 1
+    width: int = 2
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"depth is {self.depth}")
+
+
+@dataclass
+class Options:
+    """Example: this"""
+
+    name: str = "x"
+    inner: Inner = field(default_factory=Inner)
+    fast: bool = False
+
+
+def parse_with(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Options:
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    return parse(Options, "command")
+
+
+def test_options_become_the_dataclass(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_with(monkeypatch, "--inner.depth", "3", "--fast") == Options(inner=Inner(3), fast=True)
+    assert parse(Options, "command", arguments=[], default=Options("y")) == Options("y")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--speed", "3"], "unknown option --speed; options: --help, --name, --fast, --inner.* ("),
+        (["--nmae=3"], "unknown option --nmae; did you mean --name? options: --help, --name, --fast"),
+        (["--inner.size", "3"], "unknown option --inner.size; options: --inner.depth, --inner.width ("),
+        (["stray"], "unknown argument stray; options: --help, --name"),
+    ],
+)
+def test_unknown_options_list_the_known_ones(
+    arguments: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError) as found:
+        parse_with(monkeypatch, *arguments)
+    assert str(found.value).startswith(sentence)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("arguments", [["--inner.depth", "0"], ["--inner.depth", "deep"], ["--speed"]])
+def test_nothing_begins_after_wrong_usage(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command(lambda: print(parse_with(monkeypatch, *arguments)))()
+    captured = capsys.readouterr()
+    assert (ended.value.code, captured.out) == (2, "") and captured.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_shows_an_example(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vfmvae", name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        vfmvae.cli.main()
+    assert ended.value.code == 0
+    assert f"python -m vfmvae.{name}" in capsys.readouterr().out.partition("Example: ")[2]
+
+
+def test_the_version_needs_no_torch() -> None:
+    program = (
+        "import sys; from vfmvae.cli import main; sys.argv = ['vfmvae', '--version']; main();"
+        " assert 'torch' not in sys.modules"
+    )
+    assert run_python("-c", program) == f"vfmvae {vfmvae.__version__}\n"
 
 
 def test_an_interrupt_is_130() -> None:

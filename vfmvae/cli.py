@@ -1,6 +1,8 @@
 """The command line: `vfmvae COMMAND ...` is `python -m vfmvae.COMMAND ...`.
 
-Exit codes: 0 done, 1 a mistake found by this project, 2 wrong usage, 128 + n ended by signal n.
+Exit codes: 0 done; 1 failed while working (a file that is missing or damaged, a full disk, a loss that is not
+finite); 2 wrong usage (an unknown command or option, a value that an option cannot have: nothing was begun);
+128 + n ended by signal n.
 """
 
 from __future__ import annotations
@@ -8,15 +10,33 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout, suppress
+from difflib import get_close_matches
+from io import StringIO
+from typing import Any, TypeVar
+
+import vfmvae
+
+T = TypeVar("T")
 
 COMMANDS = {
     "train": "train a tokenizer",
+    "reconstruct": "images through a tokenizer and back, side by side",
+    "encode": "images to shards of latents, for diffusion models",
+    "decode": "shards of latents to images",
+    "evaluate": "PSNR, SSIM and perceptual distance of reconstructions",
+    "report": "one HTML page of a run: curves and reconstructions",
     "convert": "published checkpoints to this project's format",
     "doctor": "which accelerated parts are found, and what is used instead",
     "pretrain_mini": "train the small encoder that the demo uses",
 }
+
+
+class UsageError(ValueError):
+    """An option with a value that it cannot have, or options that contradict each other."""
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
@@ -40,17 +60,72 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             if sys.flags.dev_mode:
                 raise
             print(f"error: {_sentence(error)}", file=sys.stderr)
-            sys.exit(1)
+            sys.exit(2 if isinstance(error, UsageError) else 1)
 
     return wrapped
+
+
+def parse(
+    options: type[T],
+    name: str,
+    *,
+    default: T | None = None,
+    config: tuple[Any, ...] = (),
+    arguments: Sequence[str] | None = None,
+) -> T:
+    """The command line as the dataclass `options` of the command `name`; `default` fills what is not given.
+
+    `arguments`: instead of those that the process was started with.
+
+    UsageError for an option that does not exist, listing those that do, and for a value that the dataclass
+    refuses. tyro itself ends the process, with 2 and a message, for values of a wrong type, and with 0 for
+    --help.
+    """
+    import tyro  # half of the time that `vfmvae --help` would take
+
+    prog = f"python -m vfmvae.{name}"
+    try:
+        parsed, unknown = tyro.cli(
+            options, prog=prog, args=arguments, default=default, config=config, return_unknown_args=True
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if not unknown:
+        assert parsed is not None
+        return parsed
+    page = StringIO()
+    with redirect_stdout(page), suppress(SystemExit):
+        tyro.cli(options, prog=prog, default=default, config=config, args=["--help"])
+    valid = re.findall(r"^\W{1,3}(?:-h, )?(--\w[\w.-]*)", page.getvalue(), flags=re.MULTILINE)
+    wrong = next((argument for argument in unknown if argument.startswith("-")), unknown[0])
+    raise UsageError(f"{_unknown(wrong.partition('=')[0], valid)} ({prog} --help explains them)")
+
+
+def _unknown(wrong: str, valid: list[str]) -> str:
+    """The sentence for an option that does not exist: those it may have meant, and all of its section."""
+    if not wrong.startswith("-"):
+        return f"unknown argument {wrong}; options: {', '.join(_sections(valid))}"
+    near = get_close_matches(wrong, valid, n=3, cutoff=0.75)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    section = wrong.rpartition(".")[0] + "."
+    siblings = [option for option in valid if option.startswith(section)]
+    return f"unknown option {wrong}; {meant}options: {', '.join(siblings or _sections(valid))}"
+
+
+def _sections(options: list[str]) -> list[str]:
+    """Options without a dot, and `--section.*` once for those with one."""
+    return list(dict.fromkeys(re.sub(r"\..*", ".*", option) for option in options))
 
 
 def main() -> None:
     """Entry point of the console script `vfmvae`."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("usage: vfmvae COMMAND [options]; `vfmvae COMMAND --help` explains one\n")
+        print("usage: vfmvae COMMAND [options]; `vfmvae COMMAND --help` explains one, `vfmvae --version`\n")
         print("\n".join(f"  {command:14} {text}" for command, text in COMMANDS.items()))
+        return
+    if name == "--version":
+        print(f"vfmvae {vfmvae.__version__}")
         return
     if name not in COMMANDS:
         print(f"error: unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)

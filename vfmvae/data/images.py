@@ -18,6 +18,7 @@ import struct
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -53,7 +54,8 @@ class ImageFolder:
         self.classes = tuple(sorted({name for entries in splits.values() for _, name in entries}))
         numbers = {name: number for number, name in enumerate(self.classes)}
         self._labels = [numbers[name] for _, name in splits[split]]
-        self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="decode")
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_process = 0
 
     def __len__(self) -> int:
         """Images in this split."""
@@ -63,9 +65,20 @@ class ImageFolder:
         """Images step * batch_size and following: image uint8 [B, 3, R, R], label int64 [B], key."""
         chosen = positions(step, batch_size, self.split, len(self))
         numbers = [self._file_number(position) for position in chosen]
-        crops = list(self._pool.map(self._crop, chosen, numbers))
+        crops = list(self._threads().map(self._crop, chosen, numbers))
         keys = [self.files[number].relative_to(self.path).as_posix() for number in numbers]
         return collate(crops, [self._labels[number] for number in numbers], keys)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """The pool of this process: threads do not follow into a forked or spawned one."""
+        if self._pool is None or self._pool_process != os.getpid():
+            threads = min(8, os.cpu_count() or 1)
+            self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
+            self._pool_process = os.getpid()
+        return self._pool
 
     def _file_number(self, position: int) -> int:
         if self.split == "validation":
@@ -74,12 +87,7 @@ class ImageFolder:
         return int(_epoch_order(self.seed, epoch, len(self))[place])
 
     def _crop(self, position: int, number: int) -> np.ndarray:
-        file = self.files[number]
-        try:
-            with Image.open(file) as opened:
-                image = as_rgb(opened)
-        except DECODE_ERRORS as error:
-            raise ValueError(f"cannot read image {file}: {error}; repair or remove it") from error
+        image = read_image(self.files[number])
         if self.split == "validation":
             return centre_crop(image, self.resolution)
         return random_crop(image, self.resolution, np.random.default_rng((self.seed, position)))
@@ -92,22 +100,44 @@ def open_data(path: str | None, split: Split, resolution: int, seed: int = 0) ->
     return ImageFolder(path, resolution, split, seed)
 
 
+def read_image(file: Path) -> Image.Image:
+    """A file as an upright RGB image; ValueError names it where it is missing, damaged or no image."""
+    try:
+        with Image.open(file) as opened:
+            return as_rgb(opened)
+    except DECODE_ERRORS as error:
+        raise ValueError(f"cannot read image {file}: {error}; repair or remove it") from error
+
+
 def split_files(root: Path) -> dict[Split, list[tuple[Path, str]]]:
     """The image files of both splits in sorted order, each with its class ("" outside of sub-folders)."""
+    _check_folder(root)
+    held_out = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
+    if held_out is None:
+        files = image_files(root)
+        return _hashed_split(files, root / "train" if _all_below(files, root / "train") else root)
+    base = root / "train" if (root / "train").is_dir() else root
+    training = [file for file in image_files(base) if not file.is_relative_to(held_out)]
+    return {
+        "train": [(file, _class_name(file, base)) for file in training],
+        "validation": [(file, _class_name(file, held_out)) for file in image_files(held_out)],
+    }
+
+
+def all_files(root: Path) -> list[tuple[Path, str]]:
+    """Both splits together, in sorted order; unlike them, of a single image too."""
+    _check_folder(root)
+    files = image_files(root)
+    if len(files) == 1:
+        return [(files[0], _class_name(files[0], root))]
+    return sorted(entry for entries in split_files(root).values() for entry in entries)
+
+
+def _check_folder(root: Path) -> None:
     if not root.exists():
         raise ValueError(f"image folder {root} does not exist; it should hold {_extensions()} files")
     if not root.is_dir():
         raise ValueError(f"{root} is a file; give the folder that holds the {_extensions()} files")
-    held_out = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
-    if held_out is None:
-        files = _images(root)
-        return _hashed_split(files, root / "train" if _all_below(files, root / "train") else root)
-    base = root / "train" if (root / "train").is_dir() else root
-    training = [file for file in _images(base) if not file.is_relative_to(held_out)]
-    return {
-        "train": [(file, _class_name(file, base)) for file in training],
-        "validation": [(file, _class_name(file, held_out)) for file in _images(held_out)],
-    }
 
 
 def _hashed_split(files: list[Path], base: Path) -> dict[Split, list[tuple[Path, str]]]:
@@ -132,7 +162,7 @@ def _all_below(files: list[Path], folder: Path) -> bool:
     return bool(files) and all(file.is_relative_to(folder) for file in files)
 
 
-def _images(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """Image files at any depth, sorted by relative name; hidden files and folders are left out."""
 
     def unreadable(error: OSError) -> None:
