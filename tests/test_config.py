@@ -8,23 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from vfmvae.config import LossConfig, TrainConfig, check_same_run, read_config
+from vfmvae.config import PerceptualConfig, TrainConfig, check_same_run, read_config
 from vfmvae.recipes import demo
 from vfmvae.serialization import to_json
+from vfmvae.tokenizer.equivariance import EquivarianceConfig
+from vfmvae.training.engine import EngineConfig
+from vfmvae.training.guard import SafetyConfig
 from vfmvae.training.optim import OptimizerConfig
+from vfmvae.training.stages import LossWeights, StageConfig
 
 
 def test_reading_a_written_config_gives_an_equal_one(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    config = replace(demo(), data="/images", seed=7, fused=True, dtype="bf16")
+    config = replace(demo(), data="/images", seed=7, fused=True, dtype="bf16", steps=None)
     file.write_text(to_json(config))
     assert read_config(file) == config
 
 
 def test_the_error_names_the_file_and_the_valid_fields(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text('{"optimizer": {"momentum": 0.9}}')
-    message = r"config\.json: unknown field 'momentum' in optimizer; valid fields: learning_rate, betas"
+    file.write_text('{"ema": {"momentum": 0.9}}')
+    message = r"config\.json: unknown field 'momentum' in ema; valid fields: half_life_images, ramp_up"
     with pytest.raises(ValueError, match=message):
         read_config(file)
 
@@ -35,9 +39,13 @@ def test_the_error_names_the_file_and_the_valid_fields(tmp_path: Path) -> None:
         ("batch_size", 0, "batch_size is 0; it must be at least 1"),
         ("steps", 0, "steps is 0; it must be at least 1"),
         ("log_every", 0, "log_every is 0; it must be at least 1"),
+        ("evaluate_every", -1, "evaluate_every is -1; it must be at least 0"),
         ("checkpoint_every", -1, "checkpoint_every is -1; it must be at least 0"),
+        ("keep_checkpoints", 0, "keep_checkpoints is 0; it must be at least 1"),
+        ("workers", -1, "workers is -1; it must be at least 0"),
         ("seed", -1, "seed is -1; it must be at least 0"),
-        ("dtype", "fp8", "dtype is 'fp8'; it must be auto, fp32 or bf16"),
+        ("stages", (), "stages is empty; a run needs at least one"),
+        ("dtype", "fp8", "dtype is .fp8.; needed is one of auto, fp32, bf16, fp16"),
     ],
 )
 def test_bad_values_are_refused(field: str, value: object, message: str) -> None:
@@ -45,54 +53,109 @@ def test_bad_values_are_refused(field: str, value: object, message: str) -> None
         replace(TrainConfig(), **{field: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("accumulate", 0),
+        ("adaptive_every", 0),
+        ("clip_norm", -1.0),
+        ("compile", "on"),
+        ("parallel", "tensor"),
+    ],
+)
+def test_bad_engine_options_are_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"engine.{field} is "):
+        EngineConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "values", [{"explosion": 1.0}, {"explosion": -1.0}, {"max_skips": 0}, {"max_rollbacks": -1}]
+)
+def test_bad_safety_options_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"safety\."):
+        SafetyConfig(**values)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_loss_weights_are_finite_and_not_negative(value: float) -> None:
     with pytest.raises(ValueError, match=f"losses.kl is {value}"):
-        LossConfig(kl=value)
-
-
-def test_something_must_ask_for_a_reconstruction() -> None:
-    with pytest.raises(ValueError, match="losses.l1 and losses.multiscale_l1 are both 0"):
-        LossConfig(l1=0, multiscale_l1=0)
+        LossWeights(kl=value)
 
 
 def test_alignment_needs_the_last_layer() -> None:
     tokenizer = replace(demo().tokenizer, encoder=replace(demo().tokenizer.encoder, layers=(0, 1, 3)))
-    with pytest.raises(ValueError, match=r"layers \(0, 1, 3\) lacks -1"):
+    with pytest.raises(ValueError, match=r"stage 'reconstruct': .*layers \(0, 1, 3\) lacks -1"):
         replace(demo(), tokenizer=tokenizer)
-    assert replace(demo(), tokenizer=tokenizer, losses=LossConfig(alignment=0)).losses.alignment == 0
+    parts = ("fusion", "bottleneck", "decompress", "style", "decoder")
+    without = StageConfig(trains=parts, losses=LossWeights(alignment=0), equivariance=NONE)
+    assert replace(demo(), tokenizer=tokenizer, stages=(without,)).stages == (without,)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"learning_rate": 0.0},
-        {"learning_rate": math.nan},
-        {"learning_rate": math.inf},
-        {"betas": (0.9, 1.0)},
-        {"betas": (-0.1, 0.9)},
-        {"warmup": 1.0},
-        {"schedule": "linear"},
-    ],
-)
-def test_bad_optimizer_values_are_refused(values: dict[str, object]) -> None:
-    (name,) = values
-    with pytest.raises(ValueError, match=f"optimizer.{name} is "):
-        OptimizerConfig(**values)  # type: ignore[arg-type]
+NONE = EquivarianceConfig(latent_probability=0.0, image_probability=0.0)
+
+
+def test_equivariance_scales_must_fit_the_resolution() -> None:
+    wrong = EquivarianceConfig(latent_scales=(0.3,), latent_probability=1.0, image_probability=0.0)
+    with pytest.raises(ValueError, match="stage 'odd': "):
+        replace(demo(), stages=(StageConfig(name="odd", equivariance=wrong),))
 
 
 def test_a_resumed_run_may_change_how_it_trains() -> None:
     config = demo()
     moved = replace(config.tokenizer, encoder=replace(config.tokenizer.encoder, weights="/elsewhere"))
-    changed = replace(config, tokenizer=moved, steps=9, device="cpu", losses=LossConfig(kl=0), fused=True)
+    first, second = config.stages
+    slower = replace(first, optimizer=replace(first.optimizer, learning_rate=1e-5), images=99)
+    other_losses = replace(second, losses=replace(second.losses, kl=0.0))
+    changed = replace(
+        config,
+        tokenizer=moved,
+        perceptual=PerceptualConfig(network="mini", weights="/elsewhere"),
+        stages=(slower, other_losses),
+        steps=9,
+        device="cpu",
+        fused=True,
+        workers=3,
+        dtype="bf16",
+        engine=EngineConfig(accumulate=2, recompute=True),
+    )
     check_same_run(changed, config)
 
 
-def test_a_resumed_run_may_not_change_what_it_trains() -> None:
-    config = demo()
-    with pytest.raises(ValueError, match="cannot change its batch_size from 32 to 31"):
-        check_same_run(replace(config, batch_size=31), replace(config, batch_size=32))
-    with pytest.raises(ValueError, match="cannot change its seed from 0 to 1"):
-        check_same_run(replace(config, seed=1), config)
-    with pytest.raises(ValueError, match="cannot change its tokenizer; start a new run"):
-        check_same_run(replace(config, tokenizer=replace(config.tokenizer, latent_channels=8)), config)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 9}, "cannot change its batch_size from 8 to 9; start a new run instead"),
+        ({"seed": 1}, "cannot change its seed from 0 to 1"),
+        ({"data": "/images"}, "cannot change its data from None to /images"),
+        ({"tokenizer": replace(demo().tokenizer, latent_channels=8)}, "cannot change its tokenizer; start"),
+        ({"perceptual": PerceptualConfig()}, "cannot change its perceptual; start a new run"),
+        ({"stages": demo().stages[:1]}, "its stages from reconstruct, sharpen to reconstruct; start a new"),
+        ({"stages": demo().stages[::-1]}, "from reconstruct, sharpen to sharpen, reconstruct"),
+    ],
+)
+def test_a_resumed_run_may_not_change_what_it_trains(changes: dict[str, object], message: str) -> None:
+    earlier = replace(demo(), batch_size=8)
+    with pytest.raises(ValueError, match=message):
+        check_same_run(replace(earlier, **changes), earlier)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trains": ("decoder", "align")}, r"cannot change trains of its stage 'sharpen' from \('fusion',"),
+        (
+            {"optimizer": OptimizerConfig(kind="adamw", betas=(0.9, 0.99))},
+            "optimizer.kind of its stage 'sharpen' from adam to adamw",
+        ),
+        (
+            {"optimizer": OptimizerConfig(betas=(0.9, 0.999))},
+            r"optimizer.betas of its stage 'sharpen' from \(0.9, 0.99\) to \(0.9, 0.999\)",
+        ),
+    ],
+)
+def test_a_resumed_run_keeps_the_parts_and_moments_of_its_stages(
+    changes: dict[str, object], message: str
+) -> None:
+    first, second = demo().stages
+    with pytest.raises(ValueError, match=message):
+        check_same_run(replace(demo(), stages=(first, replace(second, **changes))), demo())

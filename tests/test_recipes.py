@@ -1,4 +1,4 @@
-"""Recipes are complete configurations that survive JSON."""
+"""Recipes are complete configurations that survive JSON, and the published one is the published run."""
 
 from __future__ import annotations
 
@@ -17,22 +17,34 @@ def test_recipes_survive_json(name: str) -> None:
     assert from_dict(TrainConfig, json.loads(to_json(config)), name) == config
 
 
-def test_the_demo_has_every_loss_it_asks_for() -> None:
-    RECIPES["demo"]().losses.check_available()
-
-
 def test_the_published_recipe_is_the_published_run() -> None:
     config = RECIPES["vfm_vae_siglip2_large"]()
-    assert config.batch_size * config.steps == pytest.approx(20e6, rel=1e-4)
-    assert (config.losses.l1, config.losses.lpips, config.losses.adversarial) == (1.0, 10.0, 1.0)
-    assert (config.losses.multiscale_l1, config.losses.kl, config.losses.alignment) == (0.1, 1e-6, 5.0)
-    assert (config.optimizer.learning_rate, config.optimizer.betas) == (1e-4, (0.0, 0.99))
-    assert (config.tokenizer.resolution, config.tokenizer.latent_channels) == (256, 32)
-
-
-def test_the_published_recipe_says_what_it_still_lacks() -> None:
-    message = (
-        "losses.lpips and losses.adversarial: not yet available; .*--losses.lpips 0 --losses.adversarial 0"
+    assert (config.batch_size, config.tokenizer.resolution, config.tokenizer.latent_channels) == (
+        512,
+        256,
+        32,
     )
-    with pytest.raises(ValueError, match=message):
-        RECIPES["vfm_vae_siglip2_large"]().losses.check_available()
+    assert [stage.images for stage in config.stages] == [20e6, 20e6, 1e6, 3e6]
+    strong, weak, ssim, patch = (stage.losses for stage in config.stages)
+    assert (strong.l1, strong.perceptual, strong.adversarial, strong.kl) == (1.0, 10.0, 1.0, 1e-6)
+    assert (strong.multiscale_l1, strong.alignment, weak.alignment) == (0.1, 5.0, 1.0)
+    assert (ssim.l1, ssim.perceptual, ssim.ssim, ssim.kl, ssim.alignment) == (1.0, 2.0, 1.0, 0.0, 0.0)
+    assert (patch.l1, patch.patch_adversarial, patch.adversarial, patch.feature_matching) == (0, 1, 1, 10)
+    rates = [stage.optimizer.learning_rate for stage in config.stages]
+    assert rates == [1e-4, 1e-4, 5e-5, 5e-5]
+    assert {stage.optimizer.betas for stage in config.stages} == {(0.0, 0.99)}
+    assert config.stages[3].trains == ("decoder>32",)
+
+
+def test_the_multiscale_loss_of_the_published_run_ends_early() -> None:
+    strong = RECIPES["vfm_vae_siglip2_large"]().stages[0]
+    assert "multiscale_l1" in strong.weights(4_999_999)
+    assert "multiscale_l1" not in strong.weights(5_000_000)
+
+
+def test_the_demo_needs_nothing_but_this_package() -> None:
+    config = RECIPES["demo"]()
+    assert config.data is None
+    networks = (config.tokenizer.encoder.name, config.discriminator.backbone, config.perceptual.network)
+    assert networks == ("mini", "mini", "mini")
+    assert config.stages[-1].losses.adversarial > 0, "and it plays against a discriminator"

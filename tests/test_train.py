@@ -1,9 +1,7 @@
-"""The main job, small enough for seconds: files, seeds, fused against reference, stopping and going on."""
+"""A run from its first step to its files: three stages, every loss, seeds, signals, going on."""
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import signal
 import subprocess
@@ -17,94 +15,46 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
-from torch import Tensor
 
 import vfmvae
 import vfmvae.train
 from tests.helpers import ROOT
-from vfmvae.config import LossConfig, TrainConfig
+from tests.tiny_runs import ALL_LOSSES, stage, tiny
+from tests.whole_runs import (
+    assert_same_run,
+    cheap,
+    lines,
+    run,
+    saved_steps,
+    small_parts,
+    state,
+    three_stages,
+    weights,
+)
+from vfmvae.config import TrainConfig
 from vfmvae.data import Photographs
-from vfmvae.images import to_unit
-from vfmvae.losses.alignment import adaptive_weight
-from vfmvae.losses.reconstruction import l1_loss, multiscale_l1_loss
-from vfmvae.recipes import demo
 from vfmvae.serialization import to_json
-from vfmvae.tokenizer import BottleneckConfig, DecoderConfig, FusionConfig, Tokenizer
-from vfmvae.tokenizer.files import read_safetensors
-from vfmvae.train import evaluate, tokenizer_losses, train
-from vfmvae.training.checkpoint import checkpoints, step_of
 from vfmvae.training.run_folder import RunFolder
+from vfmvae.training.stages import IMAGE_TERMS, LossWeights
 
-STEPS, BATCH = 8, 2
-
-
-def tiny(**changes: object) -> TrainConfig:
-    """The demo with a decoder of a few channels."""
-    tokenizer = replace(
-        demo().tokenizer,
-        fusion=FusionConfig(layer_widths=(8, 8, 16), decompress_factor=1),
-        decoder=DecoderConfig(
-            channel_base=512,
-            channel_max=16,
-            num_res_blocks=1,
-            extra_convnext=False,
-            latent_widths=(16, 8, 8, 8),
-            attention_blocks=(0,),
-            attention_depths=(1,),
-            style_width=16,
-        ),
-    )
-    base = replace(demo(), tokenizer=tokenizer, batch_size=BATCH, steps=STEPS, device="cpu", log_every=1)
-    return replace(base, **changes)
-
-
-def run(config: TrainConfig, path: Path) -> str:
-    """Train in this process; returns what it printed."""
-    output = io.StringIO()
-    train(config, RunFolder(path), Console(file=output, width=200))
-    return output.getvalue()
-
-
-def metrics(path: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-
-
-def weights(path: Path) -> dict[str, Tensor]:
-    return read_safetensors(path / "model.safetensors")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert metrics(one) == metrics(other)
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_runs() -> Iterator[None]:
-    """Few held-out images, and one thread: the operations are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vfmvae.train, "HELD_OUT_IMAGES", 9)
-        yield
-    torch.set_num_threads(threads)
+FULL = tiny(stages=three_stages(), checkpoint_every=2, evaluate_every=3)
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """An uninterrupted run and what it printed."""
     path = tmp_path_factory.mktemp("runs") / "finished"
-    return path, run(tiny(fused=True), path)
+    return path, run(FULL, path)
 
 
 def test_a_run_leaves_its_files_and_nothing_else(finished: tuple[Path, str]) -> None:
     path, printed = finished
-    names = ["checkpoints", "config.json", "metrics.jsonl", "model.safetensors", "reconstructions.png"]
-    assert sorted(os.listdir(path)) == names
-    assert os.listdir(path / "checkpoints") == [f"step_{STEPS:08d}"]
+    files = ["config.json", "metrics.jsonl", "model.safetensors", "reconstructions.png"]
+    assert sorted(os.listdir(path)) == sorted(["checkpoints", "figures", *files])
+    assert saved_steps(path) == [4, 6], "the two newest"
+    assert len(os.listdir(path / "checkpoints")) == 2
+    assert sorted(os.listdir(path / "figures")) == [f"reconstructions_{n:012d}.png" for n in (6, 12)]
     with Image.open(path / "reconstructions.png") as picture:
         picture.load()
         assert picture.size == (8 * 128, 4 * 128 + 8), "eight columns; two rows of pairs"
@@ -112,50 +62,108 @@ def test_a_run_leaves_its_files_and_nothing_else(finished: tuple[Path, str]) -> 
         assert word in printed
 
 
-def test_a_run_logs_every_loss(finished: tuple[Path, str]) -> None:
+def test_a_run_logs_every_loss_of_every_stage(finished: tuple[Path, str]) -> None:
     path, printed = finished
-    lines = metrics(path)
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert [line["seen_images"] for line in lines] == [BATCH * step for step in range(1, STEPS + 1)]
-    names = {"step", "seen_images", "learning_rate", "l1", "multiscale_l1", "kl", "alignment", "total"}
-    assert all(line.keys() == names for line in lines)
+    found = lines(path)
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    assert [line["stage"] for line in found] == ["behind"] * 2 + ["whole"] * 2 + ["decoder"] * 2
+    common = {*IMAGE_TERMS, "adversarial", "patch_adversarial", "feature_matching", "total", "gradient_norm"}
+    common |= {"discriminator_projected", "discriminator_patch", "skipped_steps", "kind", "step", "stage"}
+    rates = ("tokenizer", "discriminator_projected", "discriminator_patch")
+    common |= {"seen_images", *(f"learning_rate_{name}" for name in rates)}
+    latent = {"kl", "alignment", "alignment_factor"}
+    assert [set(line) for line in found[1::2]] == [
+        common | latent,
+        common | latent | {"preservation"},
+        common,
+    ]
+    assert all(value is not None for line in found for value in line.values())
+    assert found[2]["preservation"] == 0 < found[3]["preservation"], "the stage begins at its snapshot"
+    assert [line["step"] for line in lines(path, "eval")] == [3, 6]
     assert printed.count("images/s") == STEPS
 
 
+def test_it_says_once_that_the_perceptual_network_is_not_lpips(finished: tuple[Path, str]) -> None:
+    sentence = "the perceptual loss compares features of mini; it is not LPIPS"
+    assert finished[1].count(sentence) == 1
+    assert "mini_distance" in lines(finished[0], "eval")[0], "and evaluation names what it measures"
+
+
 def test_a_run_folder_is_a_tokenizer(finished: tuple[Path, str]) -> None:
-    path, _ = finished
-    tokenizer = vfmvae.load(path)
-    assert tokenizer.config == tiny().tokenizer
+    tokenizer = vfmvae.load(finished[0])
+    assert tokenizer.config == FULL.tokenizer
     images = Photographs("validation", 64).batch(0, 2)["image"]
     assert tokenizer.decode(tokenizer.encode(images).mode()).shape == images.shape
 
 
-def test_the_same_seed_gives_the_same_run_and_another_does_not(
+def test_the_same_seed_gives_the_same_run_whoever_reads_the_images(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     torch.manual_seed(12345)  # what happened in the process before has no influence
-    run(tiny(fused=True), tmp_path / "same")
-    assert_same_run(finished[0], tmp_path / "same")
-    run(tiny(fused=True, steps=1, seed=1), tmp_path / "other")
-    assert metrics(tmp_path / "other")[0]["l1"] != metrics(finished[0])[0]["l1"]
+    run(replace(FULL, workers=2), tmp_path)
+    assert_same_run(finished[0], tmp_path)
+
+
+def test_another_seed_gives_another_run(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run(cheap(steps=1, seed=seed), tmp_path / str(seed))
+    assert lines(tmp_path / "0")[0]["l1"] != lines(tmp_path / "1")[0]["l1"]
 
 
 def test_fused_and_reference_give_the_same_losses(tmp_path: Path) -> None:
+    losses = LossWeights(perceptual=0.5, ssim=0.2, adversarial=0.3, alignment=0.5)
     for fused in (True, False):
-        run(tiny(fused=fused, steps=3), tmp_path / str(fused))
-    for fast, plain in zip(metrics(tmp_path / "True"), metrics(tmp_path / "False"), strict=True):
-        assert fast == pytest.approx(plain, rel=1e-3)
+        run(tiny(stages=(stage(losses, images=4),), fused=fused), tmp_path / str(fused))
+    for fast, plain in zip(lines(tmp_path / "True"), lines(tmp_path / "False"), strict=True):
+        numbers = {name: value for name, value in plain.items() if not isinstance(value, str)}
+        assert {name: fast[name] for name in numbers} == pytest.approx(numbers, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_runs_on_the_cpu(dtype: str, tmp_path: Path) -> None:
+    losses = replace(ALL_LOSSES, patch_adversarial=0.0, feature_matching=0.0)
+    printed = run(tiny(stages=(stage(losses),), dtype=dtype, steps=8), tmp_path)
+    assert {"bf16": "bfloat16", "fp16": "float16"}[dtype] in printed
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path).values()), "parameters are fp32"
+    skipped = [line["skipped_steps"] for line in lines(tmp_path)]
+    scale = state(tmp_path)["others.tokenizer_guard.scale"].item()
+    if dtype == "bf16":
+        assert (sum(skipped), scale) == (0, 1.0)
+    else:
+        assert 0 < sum(skipped) < len(skipped), "the first scale is too large, a later one is not"
+        assert scale == 2.0 ** (16 - sum(skipped))
+        assert lines(tmp_path)[-1]["l1"] is not None
+
+
+def test_steps_shares_the_updates_among_the_stages(tmp_path: Path) -> None:
+    stages = tuple(stage(LossWeights(alignment=0.5), name=n, images=i) for n, i in (("a", 30), ("b", 90)))
+    run(cheap(stages=stages, steps=4), tmp_path)
+    assert [line["stage"] for line in lines(tmp_path)] == ["a", "b", "b", "b"]
+
+
+def test_as_many_checkpoints_stay_as_asked(tmp_path: Path) -> None:
+    run(cheap(checkpoint_every=1, keep_checkpoints=3), tmp_path)
+    assert saved_steps(tmp_path) == [2, 3, 4]
+
+
+# Going on
 
 
 @contextmanager
 def training_process(config: TrainConfig, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """`python -m vfmvae.train` in a process of its own, with as many threads as this one."""
+    """`python -m vfmvae.train` in a process group of its own, as under a shell."""
     file = folder.with_suffix(".json")
     file.write_text(to_json(config))
     command = [sys.executable, "-m", "vfmvae.train", "--config", str(file), "--run-dir", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     ) as process:
         try:
             yield process
@@ -163,121 +171,106 @@ def training_process(config: TrainConfig, folder: Path) -> Iterator[subprocess.P
             process.kill()
 
 
-def wait_for_metrics(process: subprocess.Popen[str], folder: Path, lines: int) -> None:
-    file = folder / "metrics.jsonl"
-    while not file.exists() or file.read_bytes().count(b"\n") < lines:
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    while not (folder / "metrics.jsonl").exists() or not any(x["step"] >= step for x in lines(folder)):
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
+        time.sleep(0.02)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(finished: tuple[Path, str], tmp_path: Path) -> None:
-    folder, config = tmp_path / "killed", tiny(fused=True, checkpoint_every=STEPS // 2)
-    with training_process(config, folder) as process:
-        wait_for_metrics(process, folder, STEPS // 2 + 1)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    assert not (folder / "model.safetensors").exists()
-    (folder / ".model.safetensors.x.partial").touch()  # as if it had been writing
-    printed = run(config, folder)
-    assert f"from step {STEPS // 2}" in printed
-    assert_same_run(finished[0], folder)
-    assert not list(folder.glob(".*"))
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_saves_says_how_to_go_on_and_does(
-    finished: tuple[Path, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    number: signal.Signals,
-    code: int,
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_to_all_processes_of_a_run_stops_it_cleanly(
+    number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
-    folder, output, real_batch = RunFolder(tmp_path / "my run"), io.StringIO(), Photographs.batch
+    # As Ctrl-C in a terminal and batch systems do it: the processes that read images get it too.
+    folder = tmp_path / "my run"
+    with training_process(cheap(steps=10_000, workers=2), folder) as process:
+        wait_for_step(process, folder, 2)
+        os.killpg(process.pid, number)
+        output = process.communicate()[0]
+    assert process.returncode == code, output
+    (step,) = saved_steps(folder)
+    assert output.endswith(f"stopped after step {step}; go on with: {RunFolder(folder).resume_command()}\n")
+    assert output.count("stopping after this step") == 1
+    assert "Traceback" not in output
 
-    def batch_of_a_stopped_run(self: Photographs, step: int, batch_size: int) -> object:
-        if self.split == "train" and step == 2:
-            signal.raise_signal(number)  # in the middle of the third step
-        return real_batch(self, step, batch_size)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(Photographs, "batch", batch_of_a_stopped_run)
-        train(tiny(fused=True), folder, Console(file=output, width=20))
-    assert ended.value.code == code
-    assert f"stopped after step 3; go on with: {folder.resume_command()}\n" in output.getvalue()
-    assert [step_of(path) for path in checkpoints(folder.checkpoints)] == [3]
-    printed = run(tiny(fused=True), folder.path)
-    assert_same_run(finished[0], folder.path)
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_stopped_run_goes_on_bit_for_bit(finished: tuple[Path, str], tmp_path: Path, step: int) -> None:
+    stop_after(FULL, tmp_path, step)
+    assert saved_steps(tmp_path)[-1] == step
+    assert not (tmp_path / "figures" / "reconstructions_000000000012.png").exists()
+    printed = run(FULL, tmp_path)
+    assert f"from step {step}\n" in printed
+    assert_same_run(finished[0], tmp_path)
     quality = [line for line in finished[1].splitlines() if "PSNR" in line or "SSIM" in line]
     assert len(quality) == 2
     assert all(line in printed for line in quality), "before and after are those of the whole run"
 
 
+def stop_after(config: TrainConfig, folder: Path, step: int) -> None:
+    """Run until a SIGTERM in the middle of a step."""
+    real_step = vfmvae.train.training_step
+
+    def stopped_step(job: vfmvae.train.Job, *arguments: object) -> object:
+        if job.state.step == step - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return real_step(job, *arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(vfmvae.train, "training_step", stopped_step)
+        run(config, folder)
+    assert ended.value.code == 0
+
+
 def test_going_on_with_a_finished_run_changes_nothing(tmp_path: Path) -> None:
-    config = tiny(steps=2)
+    config = cheap(steps=2)
     run(config, tmp_path)
-    before = metrics(tmp_path), weights(tmp_path)
+    before = lines(tmp_path), lines(tmp_path, "eval"), weights(tmp_path)
     run(config, tmp_path)
-    assert metrics(tmp_path) == before[0]
-    assert all(torch.equal(tensor, before[1][name]) for name, tensor in weights(tmp_path).items())
+    assert (lines(tmp_path), lines(tmp_path, "eval")) == before[:2]
+    assert all(torch.equal(tensor, before[2][name]) for name, tensor in weights(tmp_path).items())
     with pytest.raises(ValueError, match="has done 2 steps already; --steps 1 is fewer"):
         run(replace(config, steps=1), tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 2, "the run stays as it was"
+    assert f'"steps": {config.steps}' in (tmp_path / "config.json").read_text(), "the run stays as it was"
 
 
-def test_weights_that_are_not_finite_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken_step(tokenizer: Tokenizer, *_: object) -> dict[str, Tensor]:
-        with torch.no_grad():
-            tokenizer.align.weight.fill_(torch.nan)
-        return {"total": torch.zeros(())}
-
-    monkeypatch.setattr(vfmvae.train, "generator_step", broken_step)
-    with pytest.raises(FloatingPointError, match="parameter align.weight is not finite after step 2"):
-        run(tiny(steps=2), tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "metrics.jsonl"]
+def test_a_run_that_is_lengthened_into_another_stage_is_refused(tmp_path: Path) -> None:
+    stages = tuple(stage(LossWeights(alignment=0.5), name=name, images=8) for name in ("one", "two"))
+    run(cheap(stages=stages, steps=4), tmp_path)
+    message = "step 4 of the run lies in stage 'two'; with --steps 12 it would lie in 'one'"
+    with pytest.raises(ValueError, match=message):
+        run(cheap(stages=stages, steps=12), tmp_path)
 
 
-def test_bfloat16_runs_on_the_cpu(tmp_path: Path) -> None:
-    assert "bfloat16" in run(tiny(steps=1, dtype="bf16"), tmp_path)
-    assert all(tensor.dtype != torch.bfloat16 for tensor in weights(tmp_path).values()), (
-        "parameters stay fp32"
+def test_a_run_in_half_precision_goes_on_in_single(tmp_path: Path) -> None:
+    # As the error after too many skipped steps advises: the scale of fp16 must not come along.
+    run(cheap(dtype="fp16", steps=1), tmp_path)
+    run(cheap(dtype="fp32", steps=2), tmp_path)
+    assert state(tmp_path)["others.tokenizer_guard.scale"] == 1.0
+    run(cheap(dtype="fp16", steps=3), tmp_path)
+    assert state(tmp_path)["others.tokenizer_guard.scale"] > 2.0**10
+
+
+# Mistakes
+
+
+def test_errors_are_one_line_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with training_process(cheap(steps=1), tmp_path / "file") as process:
+        output = process.communicate()[0]
+    assert process.returncode == 1
+    assert output == f"error: {tmp_path / 'file'} is a file; give a folder as --run-dir\n"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "tempfile.mkstemp", lambda **options: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
     )
+    with pytest.raises(OSError, match="Permission denied"), small_parts():
+        run(cheap(steps=1), tmp_path)
 
 
-def test_the_total_is_the_weighted_sum() -> None:
-    tokenizer = Tokenizer(tiny().tokenizer)
-    pixels = Photographs("train", 64).batch(0, 2)["image"]
-    images, output = to_unit(pixels), tokenizer(pixels)
-    values = LossConfig(l1=2.0, multiscale_l1=0.5, kl=1e-3, alignment=3.0)
-    losses = tokenizer_losses(tokenizer, output, images, values)
-
-    l1, smaller = l1_loss(output.reconstruction, images), multiscale_l1_loss(output.multiscale, images)
-    kl, alignment = output.posterior.kl().mean(), tokenizer.alignment_loss(output.latents, output.features)
-    balance = adaptive_weight(2 * l1 + 0.5 * smaller, alignment, tokenizer.last_fusion_weight)
-    total = 2 * l1 + 0.5 * smaller + 1e-3 * kl + 3 * balance * alignment
-    expected = {"l1": l1, "multiscale_l1": smaller, "kl": kl, "alignment": alignment, "total": total}
-    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(
-        {name: loss.item() for name, loss in expected.items()}, rel=1e-6
-    )
-    fixed = tokenizer_losses(tokenizer, output, images, replace(values, adaptive_alignment=False))
-    assert fixed["total"].item() == pytest.approx((total - 3 * (balance - 1) * alignment).item(), rel=1e-5)
-
-
-def test_terms_without_weight_are_not_computed() -> None:
-    pixels = Photographs("train", 64).batch(0, 2)["image"]
-    gaussian = Tokenizer(tiny().tokenizer)
-    only_l1 = LossConfig(multiscale_l1=0, kl=0, alignment=0)
-    assert list(tokenizer_losses(gaussian, gaussian(pixels), to_unit(pixels), only_l1)) == ["l1", "total"]
-    config = replace(tiny().tokenizer, bottleneck=BottleneckConfig(kind="discrete", codebooks=2, codes=64))
-    discrete = Tokenizer(config)
-    values = LossConfig(entropy=0.1, alignment=0, multiscale_l1=0)
-    losses = tokenizer_losses(discrete, discrete(pixels), to_unit(pixels), values)
-    assert list(losses) == ["l1", "quantization", "entropy", "total"]
-
-
-def test_evaluation_sees_the_first_held_out_images_whatever_the_batch_size() -> None:
-    tokenizer, held_out = Tokenizer(tiny().tokenizer).train(), Photographs("validation", 64)
-    by_two, by_nine = evaluate(tokenizer, held_out, 2), evaluate(tokenizer, held_out, 9)
-    assert torch.equal(by_two.images, held_out.batch(0, 9)["image"])
-    assert torch.equal(by_two.images, by_nine.images)
-    assert (by_two.psnr, by_two.ssim) == pytest.approx((by_nine.psnr, by_nine.ssim), rel=1e-3)
-    assert tokenizer.training
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    engine = replace(cheap().engine, accumulate=3)
+    with pytest.raises(ValueError, match="batch_size 2 cannot be shared by 1 processes in 3 parts"):
+        run(cheap(engine=engine), tmp_path)

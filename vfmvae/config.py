@@ -5,56 +5,31 @@ A complete one comes from a recipe (vfmvae.recipes) or from a run's config.json.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from vfmvae.serialization import from_dict, read_json
+from vfmvae.discriminators import ProjectedDiscriminatorConfig
+from vfmvae.losses.perceptual import PerceptualName
+from vfmvae.serialization import check_fields, from_dict, read_json
 from vfmvae.tokenizer import TokenizerConfig
-from vfmvae.training.optim import OptimizerConfig
+from vfmvae.tokenizer.decoder import INPUT_STRIDE
+from vfmvae.tokenizer.equivariance import check_equivariance
+from vfmvae.training.ema import EmaConfig
+from vfmvae.training.engine import EngineConfig
+from vfmvae.training.guard import SafetyConfig
+from vfmvae.training.stages import StageConfig, StagePlan
+from vfmvae.training.trackers import LogConfig
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """Weights of the terms of the tokenizer's loss; a term with weight 0 is not computed."""
+class PerceptualConfig:
+    """The network of the perceptual loss, and of the perceptual distance that evaluation reports."""
 
-    l1: float = 1.0
-    """L1 of the reconstruction."""
-    multiscale_l1: float = 0.1
-    """Sum of the L1 of the five smaller images."""
-    lpips: float = 0.0
-    """Not yet available."""
-    adversarial: float = 0.0
-    """Not yet available."""
-    kl: float = 1e-6
-    """Divergence of a Gaussian posterior from the standard normal distribution."""
-    alignment: float = 5.0
-    """Alignment to the encoder's features."""
-    adaptive_alignment: bool = True
-    """Multiply the alignment weight by the ratio of gradient norms, reconstruction over alignment."""
-    quantization: float = 1.0
-    """Code and commitment loss of a discrete bottleneck."""
-    entropy: float = 0.0
-    """Entropy loss of a discrete bottleneck."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"losses.{name} is {value}; weights must be finite and not negative")
-        if not self.l1 and not self.multiscale_l1:
-            raise ValueError(
-                "losses.l1 and losses.multiscale_l1 are both 0; one must ask for a reconstruction"
-            )
-
-    def check_available(self) -> None:
-        """ValueError if a term is switched on that does not exist yet."""
-        missing = [name for name in ("lpips", "adversarial") if getattr(self, name)]
-        if missing:
-            raise ValueError(
-                f"losses.{' and losses.'.join(missing)}: not yet available; to train without:"
-                f" {' '.join(f'--losses.{name} 0' for name in missing)}"
-            )
+    network: PerceptualName = "lpips-vgg"
+    weights: str | None = None
+    """A file or folder; without one, the usual source (for LPIPS: torch's cache, then the hub)."""
 
 
 @dataclass(frozen=True)
@@ -62,58 +37,108 @@ class TrainConfig:
     """One training run of a tokenizer."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    losses: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    stages: tuple[StageConfig, ...] = (StageConfig(),)
+    discriminator: ProjectedDiscriminatorConfig = field(default_factory=ProjectedDiscriminatorConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     data: str | None = None
     """A folder of images; without one, the embedded photographs."""
+    workers: int = 0
+    """Processes per rank that read images ahead; 0: the training process reads."""
     batch_size: int = 512
-    """Images per step."""
-    steps: int = 39063
-    """Updates of the whole run; the learning rate follows the share that is done."""
+    """Images per update, over all processes."""
+    steps: int | None = None
+    """Updates of the whole run, shared among the stages in proportion to their images; None: as many as
+    these need."""
     fused: bool = False
     """Fused operations instead of the plain reference."""
     device: str = "auto"
     """A torch device, or auto: CUDA where there is one, else the CPU."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """What fusion and decoder compute in; auto: bf16 on CUDA, else fp32. Parameters are fp32 always."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What activations are computed in; auto: bf16 on CUDA, else fp32. Parameters are fp32 always."""
     seed: int = 0
     """Start of every random draw; on one machine and device the same seed gives the same run."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+    evaluate_every: int = 0
+    """Steps between evaluations on held-out images, with a picture each; 0: only at the end."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
-        lowest = {"batch_size": 1, "steps": 1, "log_every": 1, "checkpoint_every": 0, "seed": 0}
-        for name, limit in lowest.items():
+        check_fields(self, "")
+        if not self.stages:
+            raise ValueError("stages is empty; a run needs at least one")
+        lowest = {"batch_size": 1, "log_every": 1, "evaluate_every": 0, "checkpoint_every": 0, "seed": 0}
+        for name, limit in {**lowest, "workers": 0, "keep_checkpoints": 1}.items():
             if getattr(self, name) < limit:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {limit}")
-        if self.dtype not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"dtype is {self.dtype!r}; it must be auto, fp32 or bf16")
-        if self.losses.alignment and -1 not in self.tokenizer.encoder.layers:
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        for stage in self.stages:
+            self._check_stage(stage)
+
+    def _check_stage(self, stage: StageConfig) -> None:
+        if stage.losses.alignment and -1 not in self.tokenizer.encoder.layers:
             raise ValueError(
-                f"losses.alignment compares with the encoder's last layer; tokenizer.encoder.layers"
-                f" {self.tokenizer.encoder.layers} lacks -1"
+                f"stage {stage.name!r}: losses.alignment compares with the encoder's last layer;"
+                f" tokenizer.encoder.layers {self.tokenizer.encoder.layers} lacks -1"
             )
+        try:
+            check_equivariance(stage.equivariance, self.tokenizer.resolution, INPUT_STRIDE)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name!r}: {error}") from None
+
+    def plan(self) -> StagePlan:
+        """The stages in updates."""
+        return StagePlan(self.stages, self.batch_size, self.steps)
 
 
 def check_same_run(config: TrainConfig, earlier: TrainConfig) -> None:
     """ValueError if a run that began as `earlier` cannot go on as `config`.
 
-    The tokenizer, the batch size and the seed stay; how long, how fast and where a run trains may change.
+    What it learns and from what stays; how long, how fast and where it trains may change.
     """
-    for name in ("tokenizer", "batch_size", "seed"):
-        before, now = getattr(earlier, name), getattr(config, name)
-        if name == "tokenizer":  # the encoder's weights may have moved
-            before, now = (replace(t, encoder=replace(t.encoder, weights=None)) for t in (before, now))
+    for name in ("tokenizer", "discriminator", "perceptual", "data", "batch_size", "seed"):
+        before, now = (_without_paths(getattr(c, name)) for c in (earlier, config))
         if before != now:
-            values = "" if name == "tokenizer" else f" from {before} to {now}"
+            values = f" from {before} to {now}" if isinstance(now, int | str | None) else ""
             raise ValueError(f"a resumed run cannot change its {name}{values}; start a new run instead")
-    if config.optimizer.betas != earlier.optimizer.betas:  # the moments that Adam kept belong to the old ones
+    _check_same_stages(config.stages, earlier.stages)
+
+
+def _check_same_stages(stages: Sequence[StageConfig], earlier: Sequence[StageConfig]) -> None:
+    """The stages' names, parts and optimizers stay: checkpoints hold the optimizers' moments."""
+    if [s.name for s in stages] != [s.name for s in earlier]:
         raise ValueError(
-            f"a resumed run cannot change its optimizer.betas from {earlier.optimizer.betas} to"
-            f" {config.optimizer.betas}; start a new run instead"
+            f"a resumed run cannot change its stages from {', '.join(s.name for s in earlier)} to"
+            f" {', '.join(s.name for s in stages)}; start a new run instead"
         )
+    for stage, before in zip(stages, earlier, strict=True):
+        for what, a, b in (
+            ("trains", stage.trains, before.trains),
+            ("optimizer.kind", stage.optimizer.kind, before.optimizer.kind),
+            ("optimizer.betas", stage.optimizer.betas, before.optimizer.betas),
+        ):
+            if a != b:
+                raise ValueError(
+                    f"a resumed run cannot change {what} of its stage {stage.name!r} from {b} to {a};"
+                    f" start a new run instead"
+                )
+
+
+def _without_paths(part: object) -> object:
+    """A component's config without the place of its weights, which may have moved."""
+    if isinstance(part, TokenizerConfig):
+        return replace(part, encoder=replace(part.encoder, weights=None))
+    if isinstance(part, ProjectedDiscriminatorConfig | PerceptualConfig):
+        return replace(part, weights=None)
+    return part
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -27,7 +27,6 @@ from typing import Literal
 import timm
 import torch
 import torch.nn.functional as F
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -36,7 +35,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vfmvae.atomic import write_atomically
-from vfmvae.cli import command
+from vfmvae.cli import command, parse
 from vfmvae.data import Photographs
 from vfmvae.data.views import Views, draw_views, grid_points, to_grey
 from vfmvae.images import to_unit
@@ -55,7 +54,9 @@ LOSS_WEIGHTS = {"scene": 1.0, "place": 1.0, "pixels": 4.0}
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Settings of `python -m vfmvae.pretrain_mini`."""
+    """Train `mini`, write it, and print how it compares with random weights.
+    Example: python -m vfmvae.pretrain_mini --output mini.safetensors
+    """
 
     output: Path = Path("mini.safetensors")
     """file to write"""
@@ -320,7 +321,7 @@ def patch_retrieval(model: VisionTransformer, places: int = 128, seed: int = 1) 
 @command
 def main() -> None:
     """Train `mini`, write it, and print how it compares with random weights."""
-    config = tyro.cli(PretrainConfig, prog="python -m vfmvae.pretrain_mini", description=main.__doc__)
+    config = parse(PretrainConfig, "pretrain_mini")
     console = Console()
     model = pretrain(config, console)
     save_mini(model, config)

@@ -3,258 +3,259 @@
     python -m vfmvae.train --fused                         the demo: embedded photographs, minutes on a CPU
     python -m vfmvae.train --fused --data PATH             a folder of images instead
     python -m vfmvae.train --run-dir runs/demo --resume    go on after a stop
+    torchrun --nproc-per-node 8 -m vfmvae.train ...        several GPUs
 
-A run folder holds config.json, metrics.jsonl, checkpoints/, model.safetensors and reconstructions.png;
-`vfmvae.load(run folder)` gives the tokenizer.
+A run folder holds config.json, metrics.jsonl, checkpoints/, model.safetensors (averaged weights) and
+reconstructions.png; `vfmvae.load(run folder)` gives the tokenizer. One step is in train_step.py, what it
+works on in train_job.py.
 """
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from vfmvae.cli import command
-from vfmvae.config import LossConfig, TrainConfig
-from vfmvae.data import ImageSource, open_data, validation_batches
-from vfmvae.images import to_uint8, to_unit
-from vfmvae.losses.alignment import adaptive_weight
-from vfmvae.losses.reconstruction import l1_loss, multiscale_l1_loss
-from vfmvae.metrics.reconstruction import psnr, ssim
+from vfmvae.config import TrainConfig
+from vfmvae.data import worker_deaths
 from vfmvae.serialization import to_json
-from vfmvae.tokenizer import DiscretePosterior, Posterior, Tokenizer, TokenizerOutput
-from vfmvae.tokenizer.files import write_model
+from vfmvae.tokenizer.files import write_state
 from vfmvae.train_arguments import parse_arguments
-from vfmvae.training.checkpoint import load_checkpoint, save_checkpoint, step_of
-from vfmvae.training.device import compute_dtype, pick_device
-from vfmvae.training.figures import save_reconstructions
-from vfmvae.training.logging import TrainingLog
-from vfmvae.training.optim import learning_rate, set_learning_rate
+from vfmvae.train_job import Job
+from vfmvae.train_plan import describe
+from vfmvae.train_step import training_step
+from vfmvae.training.checkpoint import Checkpoints
+from vfmvae.training.device import pick_device
+from vfmvae.training.distributed import (
+    any_rank,
+    barrier,
+    launcher,
+    lost_processes,
+    process_group,
+    rank,
+    world_size,
+)
+from vfmvae.training.evaluation import Evaluation
+from vfmvae.training.figures import write_figure
+from vfmvae.training.logging import Position, TrainingLog
 from vfmvae.training.run_folder import RunFolder
-from vfmvae.training.safety import StopRequest, check_finite
-from vfmvae.training.state import TrainingState
+from vfmvae.training.safety import StopRequest
+from vfmvae.training.trackers import Tracker, open_trackers
 
-HELD_OUT_IMAGES = 64
-
-
-def generator_step(
-    tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    draw: torch.Generator,
-    weights: LossConfig,
-) -> dict[str, Tensor]:
-    """One update from images [B, 3, R, R] uint8; returns the losses, still on the device."""
-    output = tokenizer(images, generator=draw)
-    losses = tokenizer_losses(tokenizer, output, to_unit(images), weights)
-    optimizer.zero_grad(set_to_none=True)
-    losses["total"].backward()
-    optimizer.step()
-    return losses
-
-
-def tokenizer_losses(
-    tokenizer: Tokenizer, output: TokenizerOutput, images: Tensor, weights: LossConfig
-) -> dict[str, Tensor]:
-    """Every term that has a weight, unweighted, and their weighted sum as "total"; images in [-1, 1]."""
-    losses = reconstruction_losses(output, images, weights)
-    others = bottleneck_losses(output.posterior, weights)
-    total = weighted_sum({**losses, **others}, weights)
-    if weights.alignment:
-        others["alignment"] = tokenizer.alignment_loss(output.latents, output.features)
-        alignment = weights.alignment * others["alignment"]
-        if weights.adaptive_alignment:
-            reconstruction = weighted_sum(losses, weights)
-            alignment = alignment * adaptive_weight(
-                reconstruction, others["alignment"], tokenizer.last_fusion_weight
-            )
-        total = total + alignment
-    return {**losses, **others, "total": total}
-
-
-def reconstruction_losses(output: TokenizerOutput, images: Tensor, weights: LossConfig) -> dict[str, Tensor]:
-    """The terms that compare with images [B, 3, R, R] in [-1, 1]; at least one."""
-    losses = {}
-    if weights.l1:
-        losses["l1"] = l1_loss(output.reconstruction, images)
-    if weights.multiscale_l1:
-        losses["multiscale_l1"] = multiscale_l1_loss(output.multiscale, images)
-    return losses
-
-
-def bottleneck_losses(posterior: Posterior | DiscretePosterior, weights: LossConfig) -> dict[str, Tensor]:
-    """The terms that the latent's distribution has by itself."""
-    losses = {}
-    if isinstance(posterior, Posterior):
-        if weights.kl:
-            losses["kl"] = posterior.kl().mean()
-        return losses
-    if weights.quantization:
-        losses["quantization"] = posterior.quantization_loss
-    if weights.entropy:
-        losses["entropy"] = posterior.entropy_loss
-    return losses
-
-
-def weighted_sum(losses: Mapping[str, Tensor], weights: LossConfig) -> Tensor:
-    """The sum of each loss times the weight of its name; a scalar."""
-    return torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
-
-
-@dataclass
-class Evaluation:
-    """Held-out images, their reconstructions (uint8 [N, 3, R, R]) and mean quality."""
-
-    images: Tensor
-    reconstructions: Tensor
-    psnr: float
-    ssim: float
-
-
-@torch.no_grad()
-def evaluate(tokenizer: Tokenizer, held_out: ImageSource, batch_size: int) -> Evaluation:
-    """Reconstruct the first held-out images from the posterior's mode."""
-    tokenizer.eval()
-    originals, reconstructions = [], []
-    for batch in islice(validation_batches(held_out, batch_size), -(-HELD_OUT_IMAGES // batch_size)):
-        images = batch["image"].to(tokenizer.align.weight.device)
-        originals.append(images)
-        reconstructions.append(to_uint8(tokenizer.decode(tokenizer.encode(images).mode())))
-    tokenizer.train()
-    before, after = torch.cat(originals)[:HELD_OUT_IMAGES], torch.cat(reconstructions)[:HELD_OUT_IMAGES]
-    pair = to_unit(after), to_unit(before)
-    return Evaluation(before, after, psnr(*pair).mean().item(), ssim(*pair).mean().item())
-
-
-@dataclass
-class Job:
-    """What a configuration becomes on a device; `state` is the part that checkpoints hold."""
-
-    tokenizer: Tokenizer
-    optimizer: torch.optim.Optimizer
-    state: TrainingState
-    data: ImageSource
-    held_out: ImageSource
-    device: torch.device
-
-
-def prepare(config: TrainConfig) -> Job:
-    """Open the data and build the tokenizer, randomly initialised. ValueError for what is not there."""
-    device = pick_device(config.device)
-    resolution = config.tokenizer.resolution
-    data = open_data(config.data, "train", resolution, config.seed)
-    held_out = open_data(config.data, "validation", resolution, config.seed)
-    torch.manual_seed(config.seed)
-    tokenizer = Tokenizer(config.tokenizer, fused=config.fused).to(device).train()
-    tokenizer.compute_dtype = compute_dtype(config.dtype, device)
-    parameters = [p for p in tokenizer.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(
-        parameters, lr=config.optimizer.learning_rate, betas=config.optimizer.betas, fused=True
-    )
-    state = TrainingState(tokenizer, "encoder.", optimizer)
-    return Job(tokenizer, optimizer, state, data, held_out, device)
-
-
-def resume(job: Job, config: TrainConfig, folder: RunFolder) -> None:
-    """Take up the folder's newest checkpoint, or the start of the run where it has none."""
-    checkpoint = folder.newest_checkpoint()
-    if checkpoint is not None:
-        load_checkpoint(checkpoint, job.state)
-    if job.state.step > config.steps:
-        raise ValueError(
-            f"{folder.path} has done {job.state.step} steps already; --steps {config.steps} is fewer"
-        )
-    folder.begin(to_json(config), job.state.step)
+HEADINGS = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "mini_distance": "distance of mini's features",
+}
 
 
 def train(config: TrainConfig, folder: RunFolder, console: Console) -> None:
     """Train from the folder's newest checkpoint, or from the start, to the last step.
 
-    Ctrl-C or SIGTERM ends the step, saves a checkpoint and exits with 128 + the signal's number.
+    Ctrl-C or SIGTERM ends the step, saves a checkpoint and exits with 130 or 0.
     """
-    started = time.perf_counter()
-    job = prepare(config)
-    resume(job, config, folder)
-    state, draw = job.state, torch.Generator(job.device)
-    announce(console, config, folder, job)
-    if not state.initial:
-        first = evaluate(job.tokenizer, job.held_out, config.batch_size)
-        state.initial = {"psnr": first.psnr, "ssim": first.ssim}
+    config.log.check_available()
+    with process_group(pick_device(config.device)), lost_processes():
+        run = Run(config, folder, console if rank() == 0 else Console(quiet=True))
+        try:
+            run.begin()
+            with worker_deaths():
+                stopped_by = run.go()
+        finally:
+            run.checkpoints.close()
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by if stopped_by == signal.SIGINT else 0)
 
-    log = TrainingLog(folder.metrics, console, state.step, config.steps, config.log_every, config.batch_size)
-    with log, StopRequest(lambda: console.print("stopping after this step")) as stop:
-        while state.step < config.steps and not stop.signal:
-            rate = learning_rate(config.optimizer, (state.step + 0.5) / config.steps)
-            set_learning_rate(job.optimizer, rate)
-            # Data and draws depend on seed and step alone, so a resumed run goes on exactly.
-            images = job.data.batch(state.step, config.batch_size)["image"].to(job.device, non_blocking=True)
-            draw.manual_seed(config.seed * 1_000_003 + state.step)
-            losses = generator_step(job.tokenizer, job.optimizer, images, draw, config.losses)
-            state.step += 1
-            log.step(state.step, losses, rate)
-            if config.checkpoint_every and state.step % config.checkpoint_every == 0:
-                save(job, folder)
-        save(job, folder)
-    if stop.signal:
-        console.print(
-            f"stopped after step {state.step}; go on with: {folder.resume_command()}", soft_wrap=True
+
+class Run:
+    """A job and its folder: the loop around the training step."""
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, console: Console) -> None:
+        self.config = config
+        self.folder = folder
+        self.console = console
+        self.started = time.perf_counter()
+        self.job = Job(config)
+        self.checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
+        self.rollbacks_since_save = 0
+
+    @property
+    def position(self) -> Position:
+        step = self.job.state.step
+        return Position(step, step * self.config.batch_size, self.job.stage.name)
+
+    def begin(self) -> None:
+        """Take the folder, and the newest checkpoint in it if there is one."""
+        self.restore()
+        job = self.job
+        if rank() == 0:
+            self.folder.begin(to_json(self.config), job.state.step, self.position.seen_images)
+        barrier()
+        self.announce()
+        if "initial" not in job.state.numbers:
+            job.state.numbers["initial"] = job.evaluate().quality
+
+    def restore(self) -> bool:
+        """Take up the newest intact checkpoint and the stage it is from; returns whether there was one."""
+        stored = self.checkpoints.newest()
+        if stored is None:
+            self.job.enter_stage(0)
+            return False
+        for sentence in stored.damaged:
+            self.say(f"warning: {sentence}")
+        self.job.check_position(stored.step, stored.numbers["stage"])
+        self.job.enter_stage(stored.numbers["stage"])
+        self.checkpoints.load(stored, self.job.state)
+        return True
+
+    def go(self) -> int | None:
+        """Train to the end, or until a signal, whose number is returned."""
+        job, config, begun_at = self.job, self.config, self.job.state.step
+        trackers: Sequence[Tracker] = ()
+        if rank() == 0:
+            seen = self.position.seen_images
+            trackers = open_trackers(config.log, self.folder.path, seen, asdict(config))
+        log = TrainingLog(
+            self.folder.metrics,
+            self.console,
+            self.position,
+            job.plan.steps * config.batch_size,
+            config.log_every,
+            job.device,
+            trackers,
+            main=rank() == 0,
         )
-        raise SystemExit(128 + stop.signal)
-    last = evaluate(job.tokenizer, job.held_out, config.batch_size)
-    folder.write(folder.model, lambda path: write_model(job.tokenizer, path))
-    folder.write(folder.figure, lambda path: save_reconstructions(path, last.images, last.reconstructions))
-    summarise(console, state.initial, last, time.perf_counter() - started, folder)
+        patient = world_size() > 1
+        with log, StopRequest(lambda: self.say("stopping after this step"), patient) as stop:
+            while not self.advance(log, stop):
+                self.roll_back()
+                log.rewind(self.position)
+            finished = job.state.step == job.plan.steps
+            if finished:
+                last = self.evaluate(log) if job.state.step > begun_at else job.evaluate()
+            self.save()
+            self.checkpoints.wait()
+        if not finished:
+            command = self.folder.resume_command(launcher())
+            self.say(f"stopped after step {job.state.step}; go on with: {command}")
+            return stop.signal
+        self.summarise(last)
+        return None
 
+    def advance(self, log: TrainingLog, stop: StopRequest) -> bool:
+        """Train until the end or a signal (True), or until too many steps in a row were skipped (False)."""
+        job, config = self.job, self.config
+        with closing(job.batches(job.state.step)) as batches:
+            for batch in batches:
+                rates = job.begin_step()
+                result = training_step(job, batch, job.weights())
+                job.state.step += 1
+                means = log.step(self.position, result.losses, rates, result.skipped)
+                if means is not None and job.skips_in_a_row() >= config.safety.max_skips:
+                    return False
+                if self.due(config.evaluate_every):
+                    self.evaluate(log)
+                if self.due(config.checkpoint_every):
+                    with log.paused():
+                        self.save()
+                if any_rank(bool(stop.signal)):  # processes must stop at the same step
+                    break
+        return True
 
-def save(job: Job, folder: RunFolder) -> None:
-    """Write a checkpoint of the state, unless this step has one."""
-    newest = folder.newest_checkpoint()
-    if newest is None or step_of(newest) != job.state.step:
-        check_finite(job.tokenizer, job.state.step)
-        save_checkpoint(folder.checkpoints, job.state.step, job.state)
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps happens now; the end is taken care of."""
+        step = self.job.state.step
+        return bool(every) and step % every == 0 and step < self.job.plan.steps
 
+    def roll_back(self) -> None:
+        """Return to the last checkpoint, with other random draws, or give up."""
+        job, config = self.job, self.config
+        step, rollbacks = job.state.step, job.state.numbers.get("rollbacks", 0)
+        trouble = f"{config.safety.max_skips} steps in a row up to step {step} were skipped"
+        remedy = "lower the learning rate, or use --dtype fp32"
+        if self.rollbacks_since_save == config.safety.max_rollbacks or not self.restore():
+            raise FloatingPointError(
+                f"{trouble}, because their gradients were not finite or exploded; {remedy}"
+            )
+        self.rollbacks_since_save += 1
+        job.state.numbers["rollbacks"] = rollbacks + 1
+        self.say(f"warning: {trouble}; going back to the checkpoint of step {job.state.step}")
 
-def announce(console: Console, config: TrainConfig, folder: RunFolder, job: Job) -> None:
-    """One line: what trains, how large it is, and on what."""
-    trained = sum(p.numel() for p in job.tokenizer.parameters() if p.requires_grad)
-    console.print(
-        f"{folder.path}: {trained / 1e6:.1f} M trained parameters, {config.tokenizer.resolution} px,"
-        f" batch {config.batch_size}, {job.device}, {str(job.tokenizer.dtype).removeprefix('torch.')},"
-        f" {'fused' if config.fused else 'reference'} operations, from step {job.state.step}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    def evaluate(self, log: TrainingLog) -> Evaluation:
+        """Measure and show the averaged weights on held-out images."""
+        with log.paused():
+            found = self.job.evaluate()
+            log.evaluation(self.position, found.quality)
+            if rank() == 0:
+                seen = self.position.seen_images
+                path = write_figure(self.folder.path, seen, found.images, found.reconstructions)
+                log.picture(self.position, path)
+        return found
 
+    def save(self) -> None:
+        """Write the averaged weights as model.safetensors, and a checkpoint, unless this step has one."""
+        job = self.job
+        if self.checkpoints.last_step == job.state.step:
+            return
+        job.synchronise_statistics()
+        # First, or a run that is killed after its last checkpoint would never write them.
+        weights = job.ema.export()
+        if rank() == 0:
+            self.folder.write(self.folder.model, lambda path: write_state(weights, path))
+        self.checkpoints.save(job.state)
+        self.rollbacks_since_save = 0
 
-def summarise(
-    console: Console, initial: dict[str, float], last: Evaluation, seconds: float, folder: RunFolder
-) -> None:
-    """The table at the end, and where the files are."""
-    table = Table("", title="held-out images", title_justify="left")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    table.add_row("PSNR (dB)", f"{initial['psnr']:.2f}", f"{last.psnr:.2f}")
-    table.add_row("SSIM", f"{initial['ssim']:.3f}", f"{last.ssim:.3f}")
-    table.add_row("seconds", "", f"{seconds:.0f}")
-    console.print(table)
-    files = {"reconstructions": folder.figure, "tokenizer": folder.model, "metrics": folder.metrics}
-    for what, path in files.items():
-        console.print(f"{what:16}{path}", highlight=False, soft_wrap=True)
+    def announce(self) -> None:
+        """One line: what trains, how large it is, and on what."""
+        job, config = self.job, self.config
+        trained = sum(p.numel() for p in job.tokenizer.parameters() if p.requires_grad)
+        processes = f" x {world_size()} processes" if world_size() > 1 else ""
+        self.say(
+            f"{self.folder.path}: {trained / 1e6:.1f} M trained parameters, {config.tokenizer.resolution} px,"
+            f" batch {config.batch_size}, {job.device}{processes},"
+            f" {str(job.tokenizer.dtype).removeprefix('torch.')},"
+            f" {'fused' if config.fused else 'reference'} operations, from step {job.state.step}"
+        )
+        if job.perceptual is not None and config.perceptual.network != "lpips-vgg":
+            self.say(f"the perceptual loss compares features of {config.perceptual.network}; it is not LPIPS")
+
+    def summarise(self, last: Evaluation) -> None:
+        """The table at the end, and where the files are."""
+        table = Table("", title="held-out images", title_justify="left")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right")
+        initial = self.job.state.numbers["initial"]
+        for name, value in last.quality.items():
+            digits = 2 if name == "psnr" else 3
+            table.add_row(HEADINGS[name], f"{initial[name]:.{digits}f}", f"{value:.{digits}f}")
+        table.add_row("seconds", "", f"{time.perf_counter() - self.started:.0f}")
+        self.console.print(table)
+        files = {
+            "reconstructions": self.folder.figure,
+            "tokenizer": self.folder.model,
+            "metrics": self.folder.metrics,
+        }
+        for what, path in files.items():
+            self.say(f"{what:16}{path}")
+
+    def say(self, sentence: str) -> None:
+        self.console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
 
 @command
 def main() -> None:
     launch, folder = parse_arguments()
     if launch.dry_run:
-        print(to_json(launch.run), end="")
+        describe(launch.run, Console())
         return
-    launch.run.losses.check_available()
     if not launch.resume:
         folder.check_new()
     try:

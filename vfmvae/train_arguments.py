@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from vfmvae.cli import parse
 from vfmvae.config import TrainConfig, check_same_run, read_config
 from vfmvae.recipes import RECIPES
 from vfmvae.training.run_folder import RunFolder, latest_run_path, new_run_path
@@ -31,7 +32,7 @@ class Launch:
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with the newest checkpoint of the run in --run-dir, or else of the latest run of the recipe."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the resolved configuration and stop."""
+    """Print the stages, what they train, the memory they need and the first batch's shapes, and stop."""
     run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
@@ -50,13 +51,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Launch, Run
         folder.check_resumable()
         earlier = read_config(folder.config)
     # Without subcommands an optional section (tokenizer.encoder.vit) has options where the defaults fill it.
-    launch = tyro.cli(
-        Launch,
-        args=arguments,
-        default=Launch(run=_defaults(first, earlier)),
-        prog="python -m vfmvae.train",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    defaults, plain = Launch(run=_defaults(first, earlier)), (tyro.conf.AvoidSubcommands,)
+    launch = parse(Launch, "train", default=defaults, config=plain, arguments=arguments)
     if earlier is not None:
         check_same_run(launch.run, earlier)
     return launch, folder

@@ -1,0 +1,410 @@
+"""What a training configuration becomes on a device: models, optimizers, averages, the present stage."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vfmvae.config import TrainConfig
+from vfmvae.data import load_batches, open_data
+from vfmvae.discriminators import PatchDiscriminator, ProjectedDiscriminator
+from vfmvae.discriminators.blur import blur_sigma
+from vfmvae.losses.perceptual import LPIPS, VGG16, PerceptualNetwork, perceptual_network
+from vfmvae.tokenizer import Tokenizer
+from vfmvae.tokenizer.parts import part_modules, set_trained
+from vfmvae.training.adversary import TERMS_OF, Adversary, PatchAdversary, ProjectedAdversary
+from vfmvae.training.companion import Companion
+from vfmvae.training.device import compute_dtype, pick_device, set_precision
+from vfmvae.training.distributed import local_rank, mean_over_ranks, rank, world_size
+from vfmvae.training.draws import StepDraws
+from vfmvae.training.ema import EMA, ema_beta
+from vfmvae.training.evaluation import HELD_OUT_IMAGES, Evaluation, evaluate
+from vfmvae.training.forward import Snapshot, TrainingForward
+from vfmvae.training.guard import BufferGuard, StepGuard
+from vfmvae.training.objective import AdaptiveWeight
+from vfmvae.training.optim import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
+from vfmvae.training.regions import (
+    compile_blocks,
+    decoder_blocks,
+    encoder_blocks,
+    recompute_blocks,
+    shard_blocks,
+)
+from vfmvae.training.stages import Place, StageConfig
+from vfmvae.training.state import TrainingState
+
+
+def run_device(config: TrainConfig) -> torch.device:
+    """The device of this process: that of its number on the machine where several share the GPUs."""
+    device = pick_device(config.device)
+    if device.type == "cuda" and world_size() > 1 and device.index is None:
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+    return device
+
+
+def _next_optimizer(
+    config: OptimizerConfig, parameters: Sequence[nn.Parameter], earlier: torch.optim.Optimizer | None
+) -> torch.optim.Optimizer:
+    """A stage's optimizer, with the moments that an earlier one of the same class has."""
+    optimizer = build_optimizer(config, parameters)
+    if earlier is not None and type(earlier) is type(optimizer):
+        for parameter in parameters:
+            if parameter in earlier.state:
+                optimizer.state[parameter] = earlier.state[parameter]
+    return optimizer
+
+
+class Job:
+    """One run in this process: the models, what trains them, and where the run is.
+
+    `state` is what checkpoints hold. After building, `enter_stage` makes the first stage the present one.
+    """
+
+    def __init__(self, config: TrainConfig, pretrained: bool = True) -> None:
+        """Open the data and build the models, randomly initialised; ValueError for what is not there.
+
+        `pretrained`: False gives frozen networks random values too, where only speed and memory count.
+        """
+        self.config = config
+        self.pretrained = pretrained
+        self.plan = config.plan()
+        self.device = run_device(config)
+        self.part_size = self._part_size()
+        set_precision(deterministic=config.engine.deterministic)
+        resolution = config.tokenizer.resolution
+        self.data = open_data(config.data, "train", resolution, config.seed)
+        self.held_out = open_data(config.data, "validation", resolution, config.seed)
+        self._dtype = compute_dtype(config.dtype, self.device)
+        self.tokenizer = self._build_tokenizer("pretrained" if pretrained else None)
+        self.forward = TrainingForward(self.tokenizer)
+        self.model: nn.Module = self.forward
+        self.perceptual = self._build_perceptual()
+        self.distances = self._build_distances()
+        self.adversaries = self._build_adversaries()
+        frozen = self._never_trained()
+        self.ema = EMA(self.tokenizer, frozen)
+        self.guard = self._guard()
+        self.buffers = BufferGuard(self.tokenizer)
+        self.adaptive = AdaptiveWeight(self.device)
+        self.companions: list[Companion] = []
+        self.snapshot: Snapshot | None = None
+        self.place: Place | None = None
+        self.stage: StageConfig = config.stages[0]
+        self.trained: list[nn.Parameter] = []
+        self.playing: list[Adversary] = []
+        self.optimizer: torch.optim.Optimizer
+        self.state = TrainingState(
+            modules={"tokenizer": self.tokenizer, **{a.name: a.game for a in self.adversaries}},
+            optimizers={a.name: a.optimizer for a in self.adversaries},
+            others={
+                "ema": self.ema,
+                "adaptive_weight": self.adaptive,
+                "tokenizer_guard": self.guard,
+                **{f"{a.name}_guard": a.guard for a in self.adversaries},
+            },
+            frozen=(*(f"tokenizer.{name}" for name in frozen), "projected.discriminator.encoder."),
+        )
+
+    # Building
+
+    def _part_size(self) -> int:
+        """Images that one process computes at once."""
+        parts = world_size() * self.config.engine.accumulate
+        if self.config.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.config.batch_size} cannot be shared by {world_size()} processes in"
+                f" {self.config.engine.accumulate} parts (engine.accumulate); use a multiple of {parts}"
+            )
+        return self.config.batch_size // parts
+
+    @property
+    def _sharded(self) -> bool:
+        return self.config.engine.parallel == "fsdp" and world_size() > 1
+
+    def _build_tokenizer(self, encoder_weights: str | None) -> Tokenizer:
+        torch.manual_seed(self.config.seed)
+        tokenizer = Tokenizer(self.config.tokenizer, encoder_weights, self.config.fused)
+        tokenizer.train().to(self.device).compute_dtype = self._dtype
+        engine = self.config.engine
+        if self._sharded:
+            shard_blocks([*encoder_blocks(tokenizer.encoder), *decoder_blocks(tokenizer)])
+        if engine.recompute:
+            recompute_blocks(decoder_blocks(tokenizer))
+        compile_blocks([*encoder_blocks(tokenizer.encoder), *decoder_blocks(tokenizer)], engine.compile)
+        return tokenizer
+
+    def _build_perceptual(self) -> PerceptualNetwork | None:
+        if not any(stage.losses.perceptual for stage in self.config.stages):
+            return None
+        options, dtype = self.config.perceptual, self._dtype or torch.float32
+        network: PerceptualNetwork
+        if options.network == "lpips-vgg" and not self.pretrained:
+            network = LPIPS(VGG16(), dtype)
+        else:
+            network = perceptual_network(options.network, options.weights, dtype)
+        return network.to(self.device).requires_grad_(False)
+
+    def _build_distances(self) -> dict[str, PerceptualNetwork]:
+        """What evaluation measures beside PSNR and SSIM: LPIPS where the loss is that, else by `mini`."""
+        if self.perceptual is not None and self.config.perceptual.network == "lpips-vgg":
+            return {"lpips": self.perceptual}
+        return {"mini_distance": perceptual_network("mini").to(self.device).requires_grad_(False)}
+
+    def _build_adversaries(self) -> list[Adversary]:
+        """The discriminators that some stage plays against."""
+        adversaries = []
+        dtype = self._dtype or torch.float32
+        for number, (name, terms) in enumerate(TERMS_OF.items(), start=1):
+            stages = [s for s in self.config.stages if any(getattr(s.losses, term) for term in terms)]
+            if not stages:
+                continue
+            # A seed of its own, so that a discriminator does not change how the tokenizer begins.
+            torch.manual_seed(self.config.seed + number)
+            game: ProjectedAdversary | PatchAdversary
+            if name == "projected":
+                weights = "pretrained" if self.pretrained else None
+                game = ProjectedAdversary(ProjectedDiscriminator(self.config.discriminator, weights, dtype))
+            else:
+                game = PatchAdversary(PatchDiscriminator(dtype=dtype))
+            game.to(self.device)
+            parameters = [p for p in game.parameters() if p.requires_grad]
+            optimizer = build_optimizer(stages[0].discriminator_optimizer, parameters)
+            adversaries.append(Adversary(name, game, self._replicated(game), optimizer, self._guard()))
+        return adversaries
+
+    def _never_trained(self) -> tuple[str, ...]:
+        """Prefixes of the tokenizer's parameters that no stage trains."""
+        trained: set[int] = set()
+        for stage in self.config.stages:
+            for part in stage.trains:
+                trained |= {id(p) for m in part_modules(self.tokenizer, part) for p in m.parameters()}
+        never = [name for name, p in self.tokenizer.named_parameters() if id(p) not in trained]
+        encoder = "encoder."
+        whole = all(id(p) not in trained for p in self.tokenizer.encoder.parameters())
+        return (encoder, *(n for n in never if not n.startswith(encoder))) if whole else tuple(never)
+
+    def _guard(self) -> StepGuard:
+        return StepGuard(self.config.safety, self.device, scaled=self._dtype == torch.float16)
+
+    def _replicated(self, module: nn.Module) -> nn.Module:
+        """A module whose gradients are averaged over processes."""
+        if world_size() == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # The option's new name is not known to older releases of torch.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated")
+            # Buffers are functions of the weights, or averaged by `synchronise_statistics`.
+            return DistributedDataParallel(
+                module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def add_companion(self, name: str, model: nn.Module, weight: float, optimizer: OptimizerConfig) -> None:
+        """Train `model` along with the tokenizer (vfmvae.training.companion). Goes before `enter_stage`."""
+        model.to(self.device)
+        built = build_optimizer(optimizer, [p for p in model.parameters() if p.requires_grad])
+        companion = Companion(name, self._replicated(model), weight, built, self._guard())
+        self.companions.append(companion)
+        self.state.modules[name] = model
+        self.state.optimizers[name] = built
+        self.state.others[f"{name}_guard"] = companion.guard
+
+    # Stages
+
+    def enter_stage(self, number: int) -> None:
+        """Make a stage the present one: what trains, its optimizer, its discriminators, its snapshot.
+
+        Parameters that trained in the stage before keep their moments.
+        """
+        stage = self.config.stages[number]
+        self.model = self.forward  # an earlier wrapper lets go of the gradients first
+        trained = set_trained(self.tokenizer, stage.trains)
+        self.trained = list(trained.values())
+        earlier = getattr(self, "optimizer", None)
+        self.optimizer = _next_optimizer(stage.optimizer, self.trained, earlier)
+        if stage.losses.alignment and stage.losses.adaptive_alignment:
+            self._check_adaptive(stage)
+        self.playing = [
+            a for a in self.adversaries if any(getattr(stage.losses, t) for t in TERMS_OF[a.name])
+        ]
+        for a in self.playing:
+            a.optimizer = _next_optimizer(stage.discriminator_optimizer, a.parameters, a.optimizer)
+            self.state.optimizers[a.name] = a.optimizer
+        self.snapshot = Snapshot(self._copy()) if stage.losses.preservation else None
+        self.state.optimizers["tokenizer"] = self.optimizer
+        self.state.modules.pop("snapshot", None)
+        if self.snapshot is not None:
+            self.state.modules["snapshot"] = self.snapshot
+        self.stage = stage
+        self.state.numbers["stage"] = number
+        if self.config.engine.parallel == "ddp":
+            self.model = self._replicated(self.forward)
+
+    def _copy(self) -> Tokenizer:
+        """The tokenizer as it is now."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if not self._sharded:
+            return copy.deepcopy(self.tokenizer)
+        copied = self._build_tokenizer(None)  # FSDP2 does not copy modules
+        copied.load_state_dict(self.tokenizer.state_dict())
+        return copied
+
+    def _check_adaptive(self, stage: StageConfig) -> None:
+        if not self.tokenizer.last_fusion_weight.requires_grad:
+            raise ValueError(
+                f"stage {stage.name!r} does not train 'fusion', so losses.adaptive_alignment has no gradient"
+                f" to compare; turn it off, or losses.alignment to 0"
+            )
+        parts = self.config.engine.accumulate
+        if self._sharded and parts > 1 and "encoder" in stage.trains:
+            raise ValueError(
+                f"stage {stage.name!r} trains 'encoder', so losses.adaptive_alignment cannot be measured with"
+                f" engine.accumulate {parts} and engine.parallel fsdp; use engine.accumulate 1 or"
+                f" engine.parallel ddp"
+            )
+
+    def check_position(self, step: int, stage: int) -> None:
+        """ValueError unless a run that did `step` updates, the last in `stage`, can go on by this plan."""
+        if step > self.plan.steps:
+            raise ValueError(f"the run has done {step} steps already; --steps {self.plan.steps} is fewer")
+        planned = self.plan.locate(max(step - 1, 0)).stage
+        if planned != stage:
+            names = [self.config.stages[number].name for number in (stage, planned)]
+            raise ValueError(
+                f"step {step} of the run lies in stage {names[0]!r}; with --steps {self.plan.steps} it would"
+                f" lie in {names[1]!r}"
+            )
+
+    def begin_step(self) -> dict[str, float]:
+        """Go to the stage and the learning rates of the present step; returns the rates by name."""
+        place = self.place = self.plan.locate(self.state.step)
+        if place.stage != self.state.numbers["stage"]:
+            self.enter_stage(place.stage)
+        progress = self.plan.progress(place)
+        rates = {"tokenizer": learning_rate(self.stage.optimizer, progress)}
+        set_learning_rate(self.optimizer, rates["tokenizer"])
+        for adversary in self.playing:
+            rate = learning_rate(self.stage.discriminator_optimizer, progress)
+            set_learning_rate(adversary.optimizer, rate)
+            rates[f"discriminator_{adversary.name}"] = rate
+        return rates
+
+    # What a step asks for
+
+    def weights(self) -> dict[str, float]:
+        """The weights of the terms that are on in the present step."""
+        assert self.place is not None
+        return self.stage.weights(self.plan.stage_images(self.place))
+
+    def batches(self, start: int) -> Generator[list[Tensor], None, None]:
+        """This process's images of every step from `start` on: one uint8 [b, 3, R, R] per part."""
+        accumulate = self.config.engine.accumulate
+        numbers = [
+            (step * world_size() + rank()) * accumulate + part
+            for step in range(start, self.plan.steps)
+            for part in range(accumulate)
+        ]
+        pin = self.device.type == "cuda"
+        loaded = load_batches(self.data, self.part_size, numbers, self.config.workers, pin)
+        for first in loaded:
+            parts = [first, *(next(loaded) for _ in range(accumulate - 1))]
+            yield [images.to(self.device, non_blocking=True) for images in parts]
+
+    def first_image(self, part: int) -> int:
+        """The place of a part's first image in the global batch."""
+        return (rank() * self.config.engine.accumulate + part) * self.part_size
+
+    def draws(self, first: int, stream: int) -> StepDraws:
+        """Random numbers of this step for the part that begins at image `first` of the global batch."""
+        # After a rollback the same numbers would lead to the same trouble.
+        seed = self.config.seed + 1_000_003 * self.state.numbers.get("rollbacks", 0)
+        count, total = self.part_size, self.config.batch_size
+        return StepDraws(seed, self.state.step, self.device, first, count, total, stream)
+
+    def blur(self) -> float:
+        """Blur of the discriminators' images in this step, in pixels."""
+        assert self.place is not None
+        return blur_sigma(self.plan.stage_images(self.place), self.stage.blur_sigma, self.stage.blur_images)
+
+    @contextmanager
+    def _shards_waiting(self) -> Iterator[None]:
+        shards = [m for m in self.tokenizer.modules() if isinstance(m, FSDPModule)]
+        for shard in shards:
+            shard.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            for shard in shards:
+                shard.set_requires_gradient_sync(True)
+
+    def reducing(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a part: gradients are averaged over processes with the last one."""
+        if last or world_size() == 1:
+            return nullcontext()
+        if isinstance(model, DistributedDataParallel):
+            return model.no_sync()
+        return self._shards_waiting()
+
+    def settle_unused(self) -> None:
+        """Tell DDP, which waits for every gradient, that no loss of this step reads some parameters.
+
+        Such are an encoder's head, and `align` while a schedule has the alignment loss off. DDP's own search
+        (find_unused_parameters) would join the graphs of the forward's results, which are cut apart here.
+        """
+        if isinstance(self.model, DistributedDataParallel):
+            unused = [p for p in self.trained if p.grad is None]
+            if unused:
+                torch.autograd.backward(unused, [torch.zeros_like(p) for p in unused])
+            for parameter in unused:
+                parameter.grad = None  # as without DDP: the optimizer passes it over
+
+    def reduce_unsharded(self) -> None:
+        """Average the gradients that neither DDP nor FSDP2 averages: those of what is not sharded."""
+        if world_size() > 1 and not isinstance(self.model, DistributedDataParallel):
+            gradients = [p.grad for p in self.trained if p.grad is not None]
+            mean_over_ranks(*[g for g in gradients if not isinstance(g, DTensor)])
+
+    def measures_alignment(self) -> bool:
+        """Whether this step measures the adaptive weight of the alignment loss."""
+        every = self.config.engine.adaptive_every
+        return self.stage.losses.adaptive_alignment and self.state.step % every == 0
+
+    def alignment_factor(self, gradients: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The factor of the alignment loss's weight, measured anew from gradients if they are given."""
+        if not self.stage.losses.adaptive_alignment:
+            return torch.ones((), device=self.device)
+        if gradients is not None:
+            of_reconstruction, of_alignment = gradients
+            self.adaptive.measure(of_reconstruction / self.guard.scale, of_alignment / self.guard.scale)
+        return self.adaptive.ratio
+
+    def average(self) -> None:
+        """Move the averaged weights towards the present ones."""
+        seen = self.state.step * self.config.batch_size
+        self.ema.update(ema_beta(self.config.ema, self.config.batch_size, seen))
+
+    def skips_in_a_row(self) -> int:
+        """How many of the last updates were skipped, with none in between that was not; waits."""
+        return int(self.guard.in_a_row.item())
+
+    def evaluate(self) -> Evaluation:
+        """Measure the averaged weights on held-out images."""
+        with self.ema.applied():
+            return evaluate(
+                self.tokenizer, self.held_out, min(self.part_size, HELD_OUT_IMAGES), self.distances
+            )
+
+    @torch.no_grad()
+    def synchronise_statistics(self) -> None:
+        """Make the running means equal in all processes. They are linear, so this need not be every step."""
+        mean_over_ranks(self.tokenizer.style.average)
+        mean_over_ranks(self.ema.state_dict()["style.average"])

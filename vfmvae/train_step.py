@@ -1,0 +1,236 @@
+"""One training step: the discriminators' update, then the tokenizer's, from one forward.
+
+    output = forward(images)                        the graph stays
+    discriminators learn from output, detached      discriminator_step
+    tokenizer learns through the kept graph         generator_step
+
+The tokenizer's weights do not change in between, so its forward need not run again for the second part; only
+the random draws are shared (`engine.share_forward` restores independent ones). Nothing here waits for the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vfmvae.images import to_unit
+from vfmvae.tokenizer.equivariance import EQUIVARIANCE_UNIFORMS, draw_equivariance
+from vfmvae.train_job import Job
+from vfmvae.training.adversary import Adversary
+from vfmvae.training.distributed import mean_over_ranks
+from vfmvae.training.forward import StepOutput
+from vfmvae.training.guard import StepGuard, guarded_update
+from vfmvae.training.objective import (
+    DeferredAlignment,
+    alignment_gradients,
+    cut,
+    decoder_backward,
+    encoder_backward,
+    gradients_at,
+    image_losses,
+    latent_losses,
+    weighted_sum,
+)
+from vfmvae.training.optim import gradient_norm, scale_gradients
+
+TOKENIZER, DISCRIMINATOR, GENERATOR, SECOND_FORWARD, COMPANION = range(5)
+"""Streams of random draws: users of one step that do not know how often the others draw."""
+
+
+class StepResult(NamedTuple):
+    """What a step reports, all on the device."""
+
+    losses: dict[str, Tensor]  # unweighted scalars, and "total"
+    skipped: Tensor  # 1.0 if the tokenizer's update was skipped, else 0.0
+
+
+class Part(NamedTuple):
+    """A share of the batch that one process computes at once."""
+
+    images: Tensor  # [b, 3, R, R] in [-1, 1]
+    first: int  # its place in the global batch
+
+
+def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float]) -> StepResult:
+    """One update of everything that trains.
+
+    Args:
+        batch: this process's images of the step, uint8 [b, 3, R, R] each: one part, or several to accumulate.
+        weights: of the terms that are on in this step.
+    """
+    job.buffers.keep()
+    parts = [Part(to_unit(images), job.first_image(number)) for number, images in enumerate(batch)]
+    shared = job.config.engine.share_forward and len(parts) == 1
+    losses: dict[str, Tensor] = {}
+    output = None
+    if job.playing:
+        if shared:
+            output = forward(job, parts[0], weights, TOKENIZER)
+            fakes = [(output.images[0].detach(), output.targets)]
+        else:
+            fakes = discriminator_images(job, parts, weights)
+        for adversary in job.playing:
+            losses[f"discriminator_{adversary.name}"] = discriminator_step(
+                job, adversary, parts, fakes, weights
+            )
+    of_tokenizer, skipped = generator_step(job, parts, weights, output)
+    return StepResult({**of_tokenizer, **losses}, skipped)
+
+
+def forward(job: Job, part: Part, weights: Mapping[str, float], stream: int) -> StepOutput:
+    """The tokenizer's forward of one part, with the draws of a stream."""
+    draws = job.draws(part.first, stream)
+    change = draw_equivariance(job.stage.equivariance, draws.shared(EQUIVARIANCE_UNIFORMS))
+    side = round(part.images.shape[-1] * change.image_scale) // job.tokenizer.config.downsample
+    noise = draws.normal((job.tokenizer.config.latent_channels, side, side))
+    snapshot = job.snapshot if "preservation" in weights else None
+    return job.model(part.images, noise, change, "alignment" in weights, snapshot)
+
+
+@torch.no_grad()
+def discriminator_images(
+    job: Job, parts: Sequence[Part], weights: Mapping[str, float]
+) -> list[tuple[Tensor, Tensor]]:
+    """Reconstructions and targets of every part from a forward of its own, without a graph.
+
+    Its draws are those of the tokenizer's forward, unless that is not to be shared.
+    """
+    stream = TOKENIZER if job.config.engine.share_forward else SECOND_FORWARD
+    outputs = [forward(job, part, {}, stream) for part in parts]
+    return [(output.images[0], output.targets) for output in outputs]
+
+
+def discriminator_step(
+    job: Job,
+    adversary: Adversary,
+    parts: Sequence[Part],
+    fakes: Sequence[tuple[Tensor, Tensor]],
+    weights: Mapping[str, float],
+) -> Tensor:
+    """One update of a discriminator from targets (real) and reconstructions (fake); returns its loss."""
+    adversary.optimizer.zero_grad(set_to_none=True)
+    adversary.game.prepare()
+    losses = []
+    for number, (part, (fake, real)) in enumerate(zip(parts, fakes, strict=True)):
+        with job.reducing(adversary.model, last=number == len(parts) - 1):
+            loss = adversary.model(real, fake, job.draws(part.first, DISCRIMINATOR), job.blur(), weights)
+            (loss * (adversary.guard.scale / len(parts))).backward()
+        losses.append(loss.detach())
+    loss = torch.stack(losses).mean()
+    update(adversary.optimizer, adversary.parameters, adversary.guard, loss, job.config.engine.clip_norm)
+    return loss
+
+
+def generator_step(
+    job: Job, parts: Sequence[Part], weights: Mapping[str, float], output: StepOutput | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One update of the tokenizer; returns its losses, and 1.0 if the update was skipped.
+
+    `output`: the forward of the only part, where the discriminators used it already.
+    """
+    for optimizer in (job.optimizer, *(c.optimizer for c in job.companions)):
+        optimizer.zero_grad(set_to_none=True)
+    measured = "alignment" in weights and job.measures_alignment()
+    deferred = DeferredAlignment(job.tokenizer) if measured and len(parts) > 1 else None
+    found = []
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        with job.reducing(job.model, last):
+            result = forward(job, part, weights, TOKENIZER) if output is None else output
+            found.append(generator_backward(job, part, result, weights, len(parts), deferred))
+            if last:
+                job.settle_unused()
+    if deferred is not None:
+        deferred.add_to_gradients(weights["alignment"] * job.alignment_factor(deferred.gradients()))
+    job.reduce_unsharded()
+
+    losses = {name: torch.stack([f[name] for f in found]).mean() for name in found[0]}
+    plain = {name: loss for name, loss in losses.items() if name in weights and name != "alignment"}
+    total = weighted_sum(plain, weights)
+    if total is None:  # schedules may leave a step without terms
+        total = torch.zeros((), device=job.device)
+    for companion in job.companions:
+        total = total + companion.weight * losses[companion.name]
+    if "alignment" in losses:
+        losses["alignment_factor"] = weights["alignment"] * job.alignment_factor(None)
+        total = total + losses["alignment_factor"] * losses["alignment"]
+    skip, norm = update(job.optimizer, job.trained, job.guard, total, job.config.engine.clip_norm)
+    for companion in job.companions:
+        loss = losses[f"{companion.name}_own"]
+        update(companion.optimizer, companion.parameters, companion.guard, loss, job.config.engine.clip_norm)
+    job.buffers.restore(skip)
+    job.average()
+    return {**losses, "total": total, "gradient_norm": norm}, skip
+
+
+def generator_backward(
+    job: Job,
+    part: Part,
+    output: StepOutput,
+    weights: Mapping[str, float],
+    parts: int,
+    deferred: DeferredAlignment | None,
+) -> dict[str, Tensor]:
+    """Backward of one part's losses, of which the update takes the mean over `parts`; returns the losses.
+
+    With `deferred` the gradient of the alignment loss is kept apart: its weight depends on the other parts.
+    """
+    scale = job.guard.scale / parts
+    leaves = cut(output.images)
+    of_images = image_losses(leaves, output.targets, weights, job.perceptual)
+    at_images = gradients_at(leaves, weighted_sum(of_images, weights), scale)
+
+    draws, adversarial = job.draws(part.first, GENERATOR), dict[str, Tensor]()
+    for adversary in job.playing:
+        adversarial |= adversary.game.generator_losses(leaves[0], output.targets, draws, job.blur(), weights)
+    at_image = gradients_at(leaves[:1], weighted_sum(adversarial, weights), scale)[0] if adversarial else None
+
+    aligned = output.alignment is not None
+    at_leaf = decoder_backward(output, at_images, at_image, aligned and job.measures_alignment())
+    of_latents = latent_losses(output, weights)
+    losses = {**of_images, **adversarial, **of_latents}
+    if output.alignment is not None:
+        losses["alignment"] = output.alignment
+        if deferred is not None:
+            deferred.add(output, at_leaf, scale)
+        else:
+            pair = None
+            if at_leaf is not None:
+                pair = alignment_gradients(output, job.tokenizer.last_fusion_weight, at_leaf, scale)
+            factor = weights["alignment"] * job.alignment_factor(pair)
+            if output.alignment.requires_grad:
+                (scale * factor * output.alignment).backward()
+    for companion in job.companions:
+        read = companion.model(output.leaf, output.features, job.draws(part.first, COMPANION))
+        (scale * (companion.weight * read.of_latents + read.own)).backward()
+        losses |= {companion.name: read.of_latents, f"{companion.name}_own": read.own}
+    encoder_backward(output, weighted_sum(of_latents, weights), scale)
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    guard: StepGuard,
+    loss: Tensor,
+    clip_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step from the gradients there are, unless the guard objects.
+
+    Returns 1.0 if it did, else 0.0, and the norm of the gradients.
+    """
+    loss = loss.clone()
+    mean_over_ranks(loss)
+    norm = gradient_norm(parameters) / guard.scale
+    skip = guard.judge(norm, loss)
+    if clip_norm or guard.scaled:
+        factor = guard.scale.reciprocal()
+        scale_gradients(
+            parameters, factor * (clip_norm / (norm + 1e-6)).clamp(max=1.0) if clip_norm else factor
+        )
+    guarded_update(optimizer, skip)
+    return skip, norm
