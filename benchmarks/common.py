@@ -18,15 +18,17 @@ RESULTS = Path(__file__).parent / "results"
 
 def median_seconds(run: Callable[[], object], device: torch.device, repeats: int, warmup: int = 2) -> float:
     """Median time of one call, the device's work included."""
-    times = []
-    for i in range(warmup + repeats):
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        if i >= warmup:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    times = [seconds(run, device) for _ in range(warmup + repeats)]
+    return statistics.median(times[warmup:])
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Time of one call, the device's work included."""
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

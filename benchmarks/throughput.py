@@ -1,10 +1,10 @@
-"""Images per second of encoding, decoding and one training step: the reference against the fused operations.
+"""Images per second of encoding and decoding: the reference against the fused operations.
 
     python benchmarks/throughput.py                             the demo's sizes, random weights
     python benchmarks/throughput.py --recipe vfm_vae_siglip2_large --batch-size 1 --repeats 3
 
 All variants are measured in one process, one after the other; only their ratios mean something on a shared
-machine.
+machine. A whole training step is measured by step.py.
 The JSON goes to benchmarks/results/throughput.json unless --output says otherwise.
 """
 
@@ -19,10 +19,8 @@ from common import RESULTS, median_seconds, provenance, write_result
 from rich.console import Console
 from rich.table import Table
 
-from vfmvae.config import LossConfig
 from vfmvae.recipes import RECIPES
 from vfmvae.tokenizer import Tokenizer
-from vfmvae.train import generator_step
 from vfmvae.training.device import pick_device
 
 VARIANTS: dict[str, tuple[bool, torch.dtype | None]] = {
@@ -34,7 +32,7 @@ VARIANTS: dict[str, tuple[bool, torch.dtype | None]] = {
 
 @dataclass
 class Options:
-    """Measure encode, decode and training step. Example: python benchmarks/throughput.py --batch-size 16"""
+    """Measure encode and decode. Example: python benchmarks/throughput.py --batch-size 16"""
 
     recipe: str = "demo"
     batch_size: int = 8
@@ -53,21 +51,17 @@ def main() -> None:
         torch.manual_seed(0)
         tokenizer = Tokenizer(config.tokenizer, encoder_weights=None, fused=fused).to(device)
         tokenizer.compute_dtype = dtype
-        rates[name] = measure(tokenizer, config.losses, options.batch_size, options.repeats, device)
+        rates[name] = measure(tokenizer, options.batch_size, options.repeats, device)
         del tokenizer
     show(rates, provenance(device))
     result = {"recipe": options.recipe, "batch_size": options.batch_size, "images_per_second": rates}
     write_result(options.output, provenance(device) | result)
 
 
-def measure(
-    tokenizer: Tokenizer, losses: LossConfig, batch_size: int, repeats: int, device: torch.device
-) -> dict[str, float]:
+def measure(tokenizer: Tokenizer, batch_size: int, repeats: int, device: torch.device) -> dict[str, float]:
     """Images per second of each part."""
     size = tokenizer.config.resolution
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
-    optimizer = torch.optim.Adam([p for p in tokenizer.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    draw = torch.Generator(device)
     with torch.no_grad():
         tokenizer.eval()
         latents = tokenizer.encode(images).mode()
@@ -75,10 +69,6 @@ def measure(
             "encode": median_seconds(lambda: tokenizer.encode(images), device, repeats),
             "decode": median_seconds(lambda: tokenizer.decode(latents), device, repeats),
         }
-    tokenizer.train()
-    seconds["training step"] = median_seconds(
-        lambda: generator_step(tokenizer, optimizer, images, draw, losses), device, repeats
-    )
     return {part: batch_size / s for part, s in seconds.items()}
 
 

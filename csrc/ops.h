@@ -20,6 +20,12 @@ void upsample_blur_cuda(uintptr_t x, uintptr_t residual, uintptr_t out, const st
                         int64_t batch, int64_t height, int64_t width, int64_t channels, int kernel_size,
                         int upscale, bool adjoint, int device, uintptr_t stream);
 
+// Weight and bias gradient of a depthwise convolution of odd size k, "same" zero padding, stride 1:
+//   x, grad [B, H, W, C], float32 or bfloat16  ->  out [k*k + 1, C] float32, the bias in the last row
+void depthwise_weight_gradient_cpu(uintptr_t x, uintptr_t grad, uintptr_t out, const std::string& dtype,
+                                   int64_t batch, int64_t height, int64_t width, int64_t channels,
+                                   int kernel_size, int threads);
+
 // Why this build cannot run on a CUDA device, or "".
 std::string cuda_objection(int device);
 

@@ -55,14 +55,12 @@ def demo() -> TrainConfig:
         optimizer=fast,
         equivariance=NO_EQUIVARIANCE,
     )
-    slower = replace(fast, learning_rate=1.5e-3)
     sharpen = replace(
         reconstruct,
         name="sharpen",
         images=1_000,
         losses=LossWeights(alignment=0.1, perceptual=0.5, adversarial=0.05),
-        optimizer=slower,
-        discriminator_optimizer=slower,
+        optimizer=replace(fast, learning_rate=1.5e-3),
     )
     return TrainConfig(
         tokenizer=tokenizer,
