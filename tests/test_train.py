@@ -79,7 +79,7 @@ def test_a_run_logs_every_loss_of_every_stage(finished: tuple[Path, str]) -> Non
     ]
     assert all(value is not None for line in found for value in line.values())
     assert found[2]["preservation"] == 0 < found[3]["preservation"], "the stage begins at its snapshot"
-    assert [line["step"] for line in lines(path, "eval")] == [3, 6]
+    assert [line["step"] for line in lines(path, "eval")] == [0, 3, 6]
     assert printed.count("images/s") == STEPS
 
 

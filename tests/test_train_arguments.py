@@ -102,7 +102,7 @@ def test_an_optional_section_can_be_overridden_where_the_config_has_it() -> None
         (["--config", "cut.json"], "error: cut.json is not valid JSON: "),
         (
             ["--config", "newer.json"],
-            "error: newer.json: unknown field 'ema'; valid fields: tokenizer, stages, ",
+            "error: newer.json: unknown field 'momentum'; valid fields: tokenizer, stages, ",
         ),
         (["--resume"], "error: there is no run of 'demo' in runs/ to resume; give its folder with --run-dir"),
         (["--resume", "--run-dir", "absent"], "error: absent holds no run to resume (no config.json)"),
@@ -122,7 +122,7 @@ def test_mistakes_are_one_sentence_and_leave_no_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Path("cut.json").write_text('{"steps": 5, "tok')
-    Path("newer.json").write_text('{"steps": 5, "ema": 0.999}')
+    Path("newer.json").write_text('{"steps": 5, "momentum": 0.9}')
     Path("taken").mkdir()
     Path("taken/metrics.jsonl").touch()
     with pytest.raises(SystemExit) as ended:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 
 import torch
@@ -63,14 +63,17 @@ def train(config: TrainConfig, folder: RunFolder, console: Console) -> None:
     Ctrl-C or SIGTERM ends the step, saves a checkpoint and exits with 130 or 0.
     """
     config.log.check_available()
-    with process_group(pick_device(config.device)), lost_processes():
+    with process_group(pick_device(config.device)):
         run = Run(config, folder, console if rank() == 0 else Console(quiet=True))
         try:
-            run.begin()
-            with worker_deaths():
+            with lost_processes(), worker_deaths():
+                run.begin()
                 stopped_by = run.go()
-        finally:
-            run.checkpoints.close()
+        except BaseException:
+            with suppress(OSError):  # what went wrong first is the cause
+                run.checkpoints.close()
+            raise
+        run.checkpoints.close()
     if stopped_by is not None:
         raise SystemExit(128 + stopped_by if stopped_by == signal.SIGINT else 0)
 
@@ -135,6 +138,8 @@ class Run:
         )
         patient = world_size() > 1
         with log, StopRequest(lambda: self.say("stopping after this step"), patient) as stop:
+            if begun_at == 0:
+                log.evaluation(self.position, job.state.numbers["initial"])
             while not self.advance(log, stop):
                 self.roll_back()
                 log.rewind(self.position)

@@ -36,17 +36,23 @@ def test_batches_come_in_the_order_that_was_asked(workers: int) -> None:
         assert torch.equal(batch, source.batch(number, 3)["image"])
 
 
-def read_in_a_process(source: ImageFolder) -> Tensor:
-    return source.batch(1, 3)["image"].clone()
+def read(source: ImageFolder, pixels: multiprocessing.SimpleQueue[bytes]) -> None:
+    pixels.put(source.batch(1, 3)["image"].numpy().tobytes())
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_folder_is_read_in_other_processes_after_it_was_in_this_one(method: str, folder: Path) -> None:
-    source = ImageFolder(folder, 32)
+    source, context = ImageFolder(folder, 32), multiprocessing.get_context(method)
     expected = source.batch(1, 3)["image"]  # which starts this process's threads
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        found = pool.apply_async(read_in_a_process, (source,)).get(timeout=60)
-    assert torch.equal(found, expected)
+    pixels = context.SimpleQueue()
+    process = context.Process(target=read, args=(source, pixels), daemon=True)
+    process.start()
+    process.join(timeout=30)
+    try:
+        assert process.exitcode == 0, "it ended, and without an error"
+        assert pixels.get() == expected.numpy().tobytes()
+    finally:
+        process.kill()
 
 
 def test_a_folder_survives_pickling(folder: Path) -> None:

@@ -57,7 +57,8 @@ def output_of(align: bool = True) -> tuple[StepOutput, Tensor]:
 def test_the_cut_passes_add_up_to_the_whole(adversarial: bool) -> None:
     output, weight = output_of()
     leaves = cut(output.images)
-    assert all(leaf.is_leaf and torch.equal(leaf, image) for leaf, image in zip(leaves, output.images, strict=True))
+    for leaf, image in zip(leaves, output.images, strict=True):
+        assert leaf.is_leaf and torch.equal(leaf, image)
     at_images = gradients_at(leaves, sum(leaf.square().mean() for leaf in leaves), ONE)  # type: ignore[arg-type]
     at_image = torch.full_like(leaves[0], 0.01) if adversarial else None
     at_leaf = decoder_backward(output, at_images, at_image, measure=True)

@@ -28,6 +28,15 @@ def test_the_second_interrupt_acts_as_usual() -> None:
         signal.raise_signal(signal.SIGINT)
 
 
+def test_a_patient_run_ignores_the_second_signal() -> None:
+    notices: list[str] = []
+    with StopRequest(lambda: notices.append("once"), patient=True) as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert stop.signal == signal.SIGTERM
+    assert notices == ["once"]
+
+
 def test_handlers_are_as_before_afterwards() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopRequest(lambda: None):

@@ -56,7 +56,7 @@ class RunFolder:
         self.write(self.config, lambda path: path.write_text(config_json, encoding="utf-8"))
         remove_leftovers(self.path)
         remove_partial_checkpoints(self.checkpoints)
-        keep_lines_until(self.metrics, step)
+        keep_lines_until(self.metrics, step or -1)  # one that starts over writes its first lines again
         keep_figures_until(self.path, seen_images)
 
     def newest_checkpoint(self) -> Path | None:

@@ -1,0 +1,102 @@
+"""Runs of three stages with every loss are killed at random moments, and resumed until they are finished.
+
+    python -m tests.faults.kill_while_training FOLDER
+
+Prints a JSON object: kills, those during a save, runs finished, what differs from an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from tests.tiny_runs import tiny
+from tests.whole_runs import assert_same_run, lines, small_parts, three_stages
+from vfmvae.train import train
+from vfmvae.train_job import Job
+from vfmvae.training.run_folder import RunFolder
+
+KILLS = 20
+CONFIG = tiny(stages=three_stages(images=6), workers=2, checkpoint_every=1)
+
+
+def start(folder: Path) -> int:
+    """Begin or resume the run in a process of its own; returns its id."""
+    child = os.fork()  # quicker than a new interpreter
+    if child:
+        return child
+    code = 1
+    try:
+        with small_parts():
+            train(CONFIG, RunFolder(folder), Console(file=io.StringIO()))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def is_over(child: int) -> bool:
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended and status:
+        raise RuntimeError(f"a run ended with status {status}")
+    return ended != 0
+
+
+def wait_for_start(child: int, folder: Path, starts: int) -> None:
+    """Until the run has written its n-th start line; what comes before is no training."""
+    while not (folder / "metrics.jsonl").exists() or len(lines(folder, "start")) < starts:
+        assert not is_over(child), "a run ended before it began"
+        time.sleep(0.005)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, chance = Path(sys.argv[1]), random.Random(0)
+    with small_parts():
+        Job(CONFIG)  # pay here, not in every child, for what is done the first time
+    child = start(folder / "undisturbed")
+    while not is_over(child):
+        time.sleep(0.01)
+    kills = saving = finished = 0
+    different: list[str] = []
+    run, starts = folder / "0", 0
+    while kills < KILLS or starts:
+        child = start(run)
+        starts = 1 if not run.exists() else len(lines(run, "start")) + 1
+        wait_for_start(child, run, starts)
+        deadline = time.monotonic() + chance.uniform(0.0, 1.2)
+        over = False
+        while not over and (kills == KILLS or time.monotonic() < deadline):
+            time.sleep(0.005)
+            over = is_over(child)
+        if over:
+            try:
+                assert_same_run(folder / "undisturbed", run)
+            except AssertionError as error:
+                different.append(str(error))
+            finished += 1
+            shutil.rmtree(run)
+            run, starts = folder / str(finished), 0
+            continue
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+        saving += any(run.glob("checkpoints/.step_*.partial"))
+    print(json.dumps({"kills": kills, "saving": saving, "finished": finished, "different": different}))
+
+
+if __name__ == "__main__":
+    main()
