@@ -92,7 +92,11 @@ def test_inputs_are_never_overwritten(tiny: Path, tmp_path: Path, capsys: pytest
         (["in/tiny.png", "--resolution", "100"], 2, "--resolution 100 does not fit"),
         (["in/tiny.png", "--batch-size", "0"], 2, "batch_size is 0"),
         (["in/tiny.png", "--tokenizer", "empty"], 1, "empty holds no config.json"),
-        (["in/tiny.png", "--outptu", "x"], 2, "unknown option --outptu; did you mean --output? options: --help, "),
+        (
+            ["in/tiny.png", "--outptu", "x"],
+            2,
+            "unknown option --outptu; did you mean --output? options: --help, ",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(

@@ -27,10 +27,10 @@ def demo() -> TrainConfig:
     """A small VFM-VAE at 64 px: the whole architecture, sized for a laptop CPU.
 
     Latents are [32, 8, 8]. First plain reconstruction, then a shorter stage that sharpens with a perceptual
-    and an adversarial loss, both on `mini`'s features. Beside the sizes, these things differ from the published
-    recipe because the run has hundreds of steps, not tens of thousands: higher learning rates with decay,
-    latents that start with little noise, a weak alignment, a short average of weights, and no equivariance
-    regularisation (which at 64 px could only rotate).
+    and an adversarial loss, both on `mini`'s features. Beside the sizes, these things differ from the
+    published recipe because the run has hundreds of steps, not tens of thousands: higher learning rates with
+    decay, latents that start with little noise, a weak alignment, a short average of weights, and no
+    equivariance regularisation (which at 64 px could only rotate).
     """
     tokenizer = TokenizerConfig(
         encoder=EncoderConfig(name="mini", layers=(0, 3, -1), scale_factor=1.0),

@@ -23,7 +23,7 @@ from vfmvae.tokenizer.parts import part_modules, set_trained
 from vfmvae.training.adversary import TERMS_OF, Adversary, PatchAdversary, ProjectedAdversary
 from vfmvae.training.companion import Companion
 from vfmvae.training.device import compute_dtype, pick_device, set_precision
-from vfmvae.training.distributed import local_rank, mean_over_ranks, rank, world_size
+from vfmvae.training.distributed import mean_over_ranks, rank, world_size
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.ema import EMA, ema_beta
 from vfmvae.training.evaluation import HELD_OUT_IMAGES, Evaluation, evaluate
@@ -43,10 +43,9 @@ from vfmvae.training.state import TrainingState
 
 
 def run_device(config: TrainConfig) -> torch.device:
-    """The device of this process: that of its number on the machine where several share the GPUs."""
+    """The device of this process, made the current one of CUDA."""
     device = pick_device(config.device)
-    if device.type == "cuda" and world_size() > 1 and device.index is None:
-        device = torch.device("cuda", local_rank())
+    if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 

@@ -89,9 +89,9 @@ def test_parameters_may_come_from_a_generator() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "sgd"}, "kind is 'sgd'; it must be 'adam' or 'adamw'"),
-        ({"schedule": "linear"}, "schedule is 'linear'"),
-        ({"implementation": "bitsandbytes"}, "implementation is 'bitsandbytes'"),
+        ({"kind": "sgd"}, 'kind is "sgd"; needed is one of adam, adamw'),
+        ({"schedule": "linear"}, 'schedule is "linear"'),
+        ({"implementation": "bitsandbytes"}, 'implementation is "bitsandbytes"'),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
         ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\)"),
         ({"eps": 0.0}, "eps is 0.0"),

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+from vfmvae.training.distributed import local_rank
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU; other names must be usable devices (ValueError)."""
+    """ "auto" is CUDA where there is one, else the CPU; other names must be usable devices (ValueError).
+
+    Under torchrun "auto" and "cuda" are the GPU of this process's number on its machine.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # `meta` has no values, an absent GPU no memory

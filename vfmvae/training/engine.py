@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from vfmvae.serialization import check_fields
 
@@ -41,8 +41,3 @@ class EngineConfig:
                 raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be at least 1")
         if self.clip_norm < 0:
             raise ValueError(f"engine.clip_norm is {self.clip_norm}; it must not be negative")
-        for name, choices in {"compile": get_args(Compile), "parallel": get_args(Parallel)}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"engine.{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}"
-                )

@@ -52,16 +52,6 @@ class OptimizerConfig:
             )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"optimizer.warmup is {self.warmup}; it must lie in [0, 1)")
-        choices = {
-            "kind": ("adam", "adamw"),
-            "schedule": ("constant", "cosine"),
-            "implementation": ("torch", "apex"),
-        }
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(
-                    f"optimizer.{name} is {getattr(self, name)!r}; it must be {' or '.join(map(repr, valid))}"
-                )
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
