@@ -72,6 +72,8 @@ class Options:
     """CPU threads; by default what torch takes."""
     device: str = "auto"
     output: Path | None = None
+    memory: bool = True
+    """Measure peak memory too, in a process of its own for each side."""
     memory_of: Variant | None = None
     """Only run two steps of this side, and print how much memory they took, in MiB."""
 
@@ -85,7 +87,7 @@ def main() -> None:
     if options.memory_of is not None:
         print(peak_mib(config, options.memory_of, options.dtype, device))
         return
-    memory = {name: peak_mib_of_a_process(name) for name in VARIANTS[options.dtype]}
+    memory = {name: peak_mib_of_a_process(name) for name in VARIANTS[options.dtype]} if options.memory else {}
     steps = build(config, options.dtype, VARIANTS[options.dtype])
     images = photographs(config, device)
     losses = first_losses(steps, images)
@@ -170,13 +172,11 @@ def check_agreement(losses: Mapping[Variant, Mapping[str, float]], tolerance: fl
 def race(
     steps: Mapping[Variant, Step], images: Tensor, device: torch.device, repeats: int
 ) -> dict[Variant, list[float]]:
-    """Seconds of every step, the sides taking turns."""
+    """Seconds of every step, the sides taking turns; all have done a step before."""
     times: dict[Variant, list[float]] = {name: [] for name in steps}
-    for turn in range(-1, repeats):
+    for _ in range(repeats):
         for name, step in steps.items():
-            taken = seconds(lambda: step(images), device)  # noqa: B023
-            if turn >= 0:
-                times[name].append(taken)
+            times[name].append(seconds(lambda: step(images), device))  # noqa: B023
     return times
 
 
@@ -214,7 +214,8 @@ def show(result: Mapping[str, Any]) -> None:
     for name, rate in result["images_per_second"].items():
         factor = result["times_faster_than"].get(name)
         shown = "" if factor is None else f"{factor:.2f}x"
-        table.add_row(name, f"{rate:.2f}", shown, f"{result['peak_memory_mib'][name]:.0f}")
+        memory = result["peak_memory_mib"].get(name)
+        table.add_row(name, f"{rate:.2f}", shown, "" if memory is None else f"{memory:.0f}")
     console = Console()
     console.print(table)
     where = ("date", "device", "threads", "torch", "python")

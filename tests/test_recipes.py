@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from tests.tiny_runs import steps
 from vfmvae.config import TrainConfig
-from vfmvae.recipes import RECIPES
+from vfmvae.recipes import RECIPES, demo
 from vfmvae.serialization import from_dict, to_json
+from vfmvae.train_job import Job
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_survive_json(name: str) -> None:
     config = RECIPES[name]()
     assert from_dict(TrainConfig, json.loads(to_json(config)), name) == config
+
+
+def test_the_demo_gives_the_same_losses_fused_and_plain() -> None:
+    runs = []
+    for fused in (True, False):
+        built = Job(replace(demo(), device="cpu", fused=fused))
+        built.enter_stage(0)
+        runs.append([result.losses for result in steps(built, 5)])
+    for fast, plain in zip(*runs, strict=True):
+        assert {k: v.item() for k, v in fast.items()} == pytest.approx(
+            {k: v.item() for k, v in plain.items()}, rel=2e-3
+        )
 
 
 def test_the_published_recipe_is_the_published_run() -> None:

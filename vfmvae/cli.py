@@ -12,8 +12,8 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from difflib import get_close_matches
 from io import StringIO
 from typing import Any, TypeVar
@@ -65,6 +65,15 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     return wrapped
 
 
+@contextmanager
+def usage() -> Iterator[None]:
+    """A ValueError inside is the user's wrong usage."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 def parse(
     options: type[T],
     name: str,
@@ -84,12 +93,10 @@ def parse(
     import tyro  # half of the time that `vfmvae --help` would take
 
     prog = f"python -m vfmvae.{name}"
-    try:
+    with usage():
         parsed, unknown = tyro.cli(
             options, prog=prog, args=arguments, default=default, config=config, return_unknown_args=True
         )
-    except ValueError as error:
-        raise UsageError(str(error)) from None
     if not unknown:
         assert parsed is not None
         return parsed

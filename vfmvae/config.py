@@ -57,6 +57,9 @@ class TrainConfig:
     """Fused operations instead of the plain reference."""
     device: str = "auto"
     """A torch device, or auto: CUDA where there is one, else the CPU."""
+    threads: int | None = None
+    """CPU threads of each process; None: torch's choice. Small models are fastest, and steadiest beside other
+    programs, with one."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What activations are computed in; auto: bf16 on CUDA, else fp32. Parameters are fp32 always."""
     seed: int = 0
@@ -78,8 +81,9 @@ class TrainConfig:
         for name, limit in {**lowest, "workers": 0, "keep_checkpoints": 1}.items():
             if getattr(self, name) < limit:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {limit}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        for name in ("steps", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for stage in self.stages:
             self._check_stage(stage)
 

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from vfmvae.atomic import write_atomically
-from vfmvae.cli import UsageError
+from vfmvae.cli import UsageError, usage
 from vfmvae.data.images import EXTENSIONS
 from vfmvae.images import to_uint8
 from vfmvae.tokenizer import Tokenizer, load
@@ -49,7 +49,8 @@ def open_tokenizer(options: ModelOptions, console: Console) -> tuple[str, Tokeni
     Raises ValueError where there is none, or where it or the device cannot be used.
     """
     name = options.tokenizer or str(latest_tokenizer())
-    device = pick_device(options.device)
+    with usage():
+        device = pick_device(options.device)
     if device.type == "cuda":
         set_precision(deterministic=True)
     tokenizer = load(name, device).requires_grad_(False)

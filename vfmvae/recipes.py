@@ -40,7 +40,7 @@ def demo() -> TrainConfig:
             channel_base=4096,
             channel_max=64,
             num_res_blocks=1,
-            latent_widths=(64, 64, 64, 32),
+            latent_widths=(256, 64, 64, 32),
             attention_depths=(1, 1, 1),
             style_width=64,
         ),
@@ -50,7 +50,7 @@ def demo() -> TrainConfig:
     fast = OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.99), warmup=0.05, schedule="cosine")
     reconstruct = StageConfig(
         name="reconstruct",
-        images=5_600,
+        images=4_800,
         losses=LossWeights(alignment=0.1),
         optimizer=fast,
         equivariance=NO_EQUIVARIANCE,
@@ -58,7 +58,7 @@ def demo() -> TrainConfig:
     sharpen = replace(
         reconstruct,
         name="sharpen",
-        images=1_000,
+        images=800,
         losses=LossWeights(alignment=0.1, perceptual=0.5, adversarial=0.05),
         optimizer=replace(fast, learning_rate=1.5e-3),
     )
@@ -69,6 +69,7 @@ def demo() -> TrainConfig:
         perceptual=PerceptualConfig(network="mini"),
         ema=EmaConfig(half_life_images=200),
         batch_size=4,
+        threads=1,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import numbers
 import types
 from collections.abc import Mapping
@@ -41,13 +42,23 @@ def check_fields(config: Any, place: str = "") -> None:
     """Hold every field of a config dataclass to its annotation; the first line of a `__post_init__`.
 
     What `from_dict` would convert is converted, also in a frozen dataclass: a list becomes a tuple, a whole
-    number a float where one is needed. Raises ValueError that names the field, below `place`, and what fits.
+    number a float where one is needed. Raises ValueError that names the field, below `place`, and what fits;
+    NaN and infinity fit nowhere.
     """
     hints = get_type_hints(type(config))
     prefix = f"{place}." if place else ""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         object.__setattr__(config, field.name, _value(hints[field.name], value, f"{prefix}{field.name}"))
+
+
+def check_lowest(config: Any, place: str, lowest: Mapping[str, float]) -> None:
+    """ValueError for a field, or an entry of one that is a tuple, below the number that `lowest` has for it."""
+    for name, limit in lowest.items():
+        value = getattr(config, name)
+        if any(entry < limit for entry in (value if isinstance(value, tuple) else (value,))):
+            subject = "each entry" if isinstance(value, tuple) else "it"
+            raise ValueError(f"{place}.{name} is {value}; {subject} must be at least {limit}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -98,6 +109,8 @@ def _value(hint: Any, value: object, place: str) -> Any:
         return _tuple(arguments, value, place)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _dataclass(hint, value, place)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _misfit(value, "a finite number", place)
     if type(value) is hint:
         return value
     # A number of NumPy is as good as one of Python; only bool is no number.

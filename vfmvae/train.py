@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vfmvae.cli import command
+from vfmvae.cli import command, usage
 from vfmvae.config import TrainConfig
 from vfmvae.data import worker_deaths
 from vfmvae.serialization import to_json
@@ -63,7 +63,9 @@ def train(config: TrainConfig, folder: RunFolder, console: Console) -> None:
     Ctrl-C or SIGTERM ends the step, saves a checkpoint and exits with 130 or 0.
     """
     config.log.check_available()
-    with process_group(pick_device(config.device)):
+    with usage():
+        device = pick_device(config.device)
+    with process_group(device):
         run = Run(config, folder, console if rank() == 0 else Console(quiet=True))
         try:
             with lost_processes(), worker_deaths():
@@ -161,6 +163,7 @@ class Run:
         with closing(job.batches(job.state.step)) as batches:
             for batch in batches:
                 rates = job.begin_step()
+                log.enter_stage(job.stage.name)
                 result = training_step(job, batch, job.weights())
                 job.state.step += 1
                 means = log.step(self.position, result.losses, rates, result.skipped)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from vfmvae.cli import parse
+from vfmvae.cli import UsageError, parse
 from vfmvae.config import TrainConfig, check_same_run, read_config
 from vfmvae.recipes import RECIPES
 from vfmvae.training.run_folder import RunFolder, latest_run_path, new_run_path
@@ -39,9 +39,9 @@ class Launch:
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Launch, RunFolder]:
     """Command line -> launch options with the complete configuration, and the run's folder.
 
-    A resumed run starts from its own config.json. Raises ValueError for unknown recipes, unreadable files and
-    runs that cannot be resumed like this; tyro ends the process with a message for unknown options and values
-    of a wrong type.
+    A resumed run starts from its own config.json. Raises UsageError for unknown recipes, unknown options and
+    values that do not fit, ValueError for unreadable files and runs that cannot be resumed like this; tyro
+    ends the process with a message for values of a wrong type.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     first = _first_pass(arguments)
@@ -63,22 +63,24 @@ def _first_pass(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe")
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--run-dir", "--run_dir", type=Path)
+    parser.add_argument("--run-dir", "--run_dir")
     parser.add_argument("--resume", action="store_true")
     try:
         first = parser.parse_known_args(arguments)[0]
     except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
+        raise UsageError(str(error)) from None
     if first.recipe is not None and first.config is not None:
-        raise ValueError(f"give --recipe {first.recipe} or --config {first.config}, not both")
+        raise UsageError(f"give --recipe {first.recipe} or --config {first.config}, not both")
     if first.recipe is not None and first.recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {first.recipe!r}; known: {', '.join(RECIPES)}")
+        raise UsageError(f"unknown recipe {first.recipe!r}; known: {', '.join(RECIPES)}")
+    if first.run_dir == "":  # as a path it would be the current folder
+        raise UsageError("--run-dir is empty; give a folder, or leave it out for one in runs/")
     return first
 
 
 def _run_path(first: argparse.Namespace) -> Path:
     if first.run_dir is not None:
-        return first.run_dir
+        return Path(first.run_dir)
     name = _run_name(first)
     return latest_run_path(name) if first.resume else new_run_path(name)
 

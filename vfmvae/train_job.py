@@ -78,6 +78,8 @@ class Job:
         self.plan = config.plan()
         self.device = run_device(config)
         self.part_size = self._part_size()
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         set_precision(deterministic=config.engine.deterministic)
         resolution = config.tokenizer.resolution
         self.data = open_data(config.data, "train", resolution, config.seed)

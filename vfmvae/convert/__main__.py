@@ -36,10 +36,12 @@ class Convert:
 def main() -> None:
     options = parse(Convert, "convert")
     arguments = read_arguments(options.config)
-    tokenizer = convert(read_generator(options.checkpoint), arguments)
+    tokenizer = convert(read_generator(options.checkpoint), arguments, options.checkpoint)
     tokenizer.save(options.output)
     count = sum(p.numel() for p in tokenizer.parameters())
-    print(f"{options.output}: {count / 1e6:.1f} M parameters, {tokenizer.config.encoder.name}")
+    encoder = tokenizer.config.encoder
+    size = f" with {encoder.vit.depth} blocks of width {encoder.vit.width}" if encoder.vit else ""
+    print(f"{options.output}: {count / 1e6:.1f} M parameters, {encoder.name}{size}")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,10 @@ def _dimensions(config: Mapping[str, Any], positions: bool) -> ViTConfig:
     # Pixels at the edge that fill no patch are not seen: SigLIP so400m says 384 and means 27 * 14 = 378.
     image_size = whole("image_size") // patch_size * patch_size if positions else patch_size
     if "mlp_ratio" in config and config.get("intermediate_size") is None:
-        mlp_width = math.floor(config["mlp_ratio"] * width)
+        ratio = config["mlp_ratio"]
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
+            raise ValueError(f"vfm_config has mlp_ratio {ratio!r}; needed is a number above 0")
+        mlp_width = math.floor(ratio * width)
         if config.get("use_swiglu_ffn"):  # two thirds of it, rounded up to a multiple of 8
             mlp_width = (math.floor(mlp_width * 2 / 3) + 7) // 8 * 8
     else:

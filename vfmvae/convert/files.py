@@ -37,11 +37,13 @@ def read_arguments(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if isinstance(arguments, dict):
+        arguments = arguments.get("G_kwargs") or arguments
     if not isinstance(arguments, dict):
         raise ValueError(
             f"{path} holds no arguments: needed is a mapping, with or without a G_kwargs section"
         )
-    return arguments.get("G_kwargs") or arguments
+    return arguments
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,48 +83,72 @@ _MODULES: list[tuple[str, str, list[tuple[str, str]]]] = [
 ]
 
 
-def convert(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Tokenizer:
+def convert(
+    state: Mapping[str, Tensor], arguments: Mapping[str, Any], where: str | Path = "checkpoint"
+) -> Tokenizer:
     """A published generator's parameters and arguments -> Tokenizer with the same numbers.
 
     Args:
         state: the generator's state dict, frozen encoder included.
         arguments: the generator's keyword arguments (`G_kwargs`), with `vfm_config` for an encoder that
             has no published name.
+        where: the checkpoint's file, for errors.
 
-    Raises ValueError naming every parameter or argument that has no place.
+    Raises ValueError naming every parameter that is missing or has no place, or an argument or a parameter's
+    values that do not fit.
     """
     config = tokenizer_config(arguments)
     with without_parameters():
         tokenizer = Tokenizer(config, encoder_weights=None)
     check_encoder_widths(arguments, tokenizer.encoder.width)
-    target = tokenizer.state_dict()
-    encoder = {k[len(ENCODER_PREFIX) :]: v for k, v in state.items() if k.startswith(ENCODER_PREFIX)}
-    rest = {k: v for k, v in state.items() if not k.startswith(ENCODER_PREFIX)}
-    converted = convert_parameters(rest, config)
-    for name, tensor in tokenizer.encoder.adapt(_without_wrapper(encoder)).items():
-        converted[f"encoder.{name}"] = tensor
-    if "align.weight" not in converted and arguments.get("use_vf_loss") is False:
-        # Trained without the alignment loss: there is nothing to carry over, and decoding does not need it.
-        converted["align.weight"] = torch.zeros(target["align.weight"].shape)
-    missing = sorted(target.keys() - converted.keys())
-    extra = sorted(converted.keys() - target.keys())
-    if missing or extra:
-        raise ValueError(
-            f"checkpoint and arguments do not belong together: the arguments call for"
-            f" {missing or 'nothing'} more,"
-            f" and have no place for {extra or 'nothing'}"
-        )
-    fill(tokenizer, {name: _fit(name, converted[name], target[name]) for name in target}, "cpu")
+    without_alignment = arguments.get("use_vf_loss") is False
+    try:
+        values = _values(state, tokenizer, without_alignment)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    fill(tokenizer, values, "cpu")
     return tokenizer.eval()
 
 
-def convert_parameters(state: Mapping[str, Tensor], config: TokenizerConfig) -> dict[str, Tensor]:
-    """All published parameters but the encoder's -> ours; ValueError names those without a counterpart."""
+def _values(
+    state: Mapping[str, Tensor], tokenizer: Tokenizer, without_alignment: bool
+) -> dict[str, Tensor]:
+    """A value for every name of the tokenizer's state dict; all that is missing or left over is one error."""
+    target = tokenizer.state_dict()
+    encoder = {k[len(ENCODER_PREFIX) :]: v for k, v in state.items() if k.startswith(ENCODER_PREFIX)}
+    rest = {k: v for k, v in state.items() if not k.startswith(ENCODER_PREFIX)}
+    converted, missing, extra = _convert_parameters(rest, tokenizer.config)
+    wrong = []
+    try:
+        adapted = tokenizer.encoder.adapt(_without_wrapper(encoder))
+        converted |= {f"encoder.{name}": tensor for name, tensor in adapted.items()}
+    except ValueError as error:
+        wrong.append(str(error))
+        target = {name: like for name, like in target.items() if not name.startswith("encoder.")}
+    if "align.weight" not in converted and without_alignment:
+        # Trained without the alignment loss: there is nothing to carry over, and decoding does not need it.
+        converted["align.weight"] = torch.zeros(target["align.weight"].shape)
+    missing += sorted(target.keys() - converted.keys())
+    extra += sorted(converted.keys() - target.keys())
+    if missing or extra:
+        wrong.append(
+            f"checkpoint and arguments do not belong together: the arguments call for"
+            f" {missing or 'nothing'} more, and have no place for {extra or 'nothing'}"
+        )
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return {name: _fit(name, converted[name], target[name]) for name in target}
+
+
+def _convert_parameters(
+    state: Mapping[str, Tensor], config: TokenizerConfig
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Published parameters but the encoder's -> ours, missing blur filters, names without a counterpart."""
     rest = dict(state)
     ours: dict[str, Tensor] = {}
     _join_attention(rest, ours)
     _drop_zero_biases(rest)
-    _drop_blurs(rest, config.decoder)
+    missing = _drop_blurs(rest, config.decoder)
     unknown = []
     for name, tensor in rest.items():
         mapped = _latent_branch_name(name, config) or _translate(name)
@@ -131,9 +156,7 @@ def convert_parameters(state: Mapping[str, Tensor], config: TokenizerConfig) -> 
             unknown.append(name)
         else:
             ours[mapped] = tensor
-    if unknown:
-        raise ValueError(f"parameters without a counterpart in vfmvae: {', '.join(sorted(unknown))}")
-    return ours
+    return ours, missing, sorted(unknown)
 
 
 def _without_wrapper(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -200,8 +223,9 @@ def _drop_zero_biases(state: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} is not zero; the published attention has no key bias")
 
 
-def _drop_blurs(state: dict[str, Tensor], config: DecoderConfig) -> None:
-    """Blur filters are constants in our decoder: each must be there, and be the one that is applied."""
+def _drop_blurs(state: dict[str, Tensor], config: DecoderConfig) -> list[str]:
+    """Blur filters are constants in our decoder: each must be the one that is applied. Returns missing ones."""
+    missing = []
     for block in range(NUM_BLOCKS):
         size = config.blur_size(block)
         for module in ("seperate_upsample_conv", "last_upsample_conv")[: 1 if block == 0 else 2]:
@@ -209,7 +233,8 @@ def _drop_blurs(state: dict[str, Tensor], config: DecoderConfig) -> None:
             if size == 1:
                 continue  # a filter that is there all the same is reported as unknown
             if name not in state:
-                raise ValueError(f"{name} is missing although use_gaussian_blur is true")
+                missing.append(name)
+                continue
             filters = state.pop(name).float()
             line = torch.tensor(BINOMIAL_ROWS[size])
             expected = torch.outer(line, line) / line.sum() ** 2
@@ -217,14 +242,17 @@ def _drop_blurs(state: dict[str, Tensor], config: DecoderConfig) -> None:
                 filters, expected.expand_as(filters)
             ):
                 raise ValueError(f"{name} is not the binomial blur of size {size} that the decoder applies")
+    return missing
 
 
 def _fit(name: str, tensor: Tensor, like: Tensor) -> Tensor:
-    """Drop the singleton axes of convolution weights; ValueError where the shapes differ otherwise."""
+    """Drop the singleton axes of convolution weights; ValueError for other shapes and for NaN or infinity."""
     same = [s for s in tensor.shape if s != 1] == [s for s in like.shape if s != 1]
     if not same:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)} in the checkpoint, the arguments give"
             f" {tuple(like.shape)}"
         )
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds values that are not finite: the checkpoint is of a failed training")
     return tensor.reshape(like.shape)

@@ -54,9 +54,12 @@ class Arguments:
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         flat = dict(arguments)
-        flat.update(flat.pop("synthesis_kwargs", None) or {})
+        inner = flat.pop("synthesis_kwargs", None) or {}
+        if not isinstance(inner, Mapping):
+            raise ValueError(f"argument synthesis_kwargs is {inner!r}; needed is a mapping of arguments")
+        flat.update(inner)
         self._values = flat
-        self._unread = set(flat)
+        self._unread = set(map(str, flat))  # YAML has other keys too
 
     def __call__(self, name: str, default: Any) -> Any:
         """The value, or `default`, whose type the value must have."""
@@ -125,8 +128,10 @@ def tokenizer_config(arguments: Mapping[str, Any]) -> TokenizerConfig:
 
 def check_encoder_widths(arguments: Mapping[str, Any], width: int) -> None:
     """ValueError unless `patch_in_dimensions`, where given, are the width of the encoder."""
-    widths = arguments.get("patch_in_dimensions") or [width]
-    if any(w != width for w in widths):
+    widths = arguments.get("patch_in_dimensions")
+    if widths is None:
+        return
+    if not isinstance(widths, list | tuple) or any(w != width for w in widths):
         raise ValueError(f"argument patch_in_dimensions is {widths!r}; the encoder's layers are {width} wide")
 
 

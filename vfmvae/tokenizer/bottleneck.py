@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vfmvae import ops
 from vfmvae.images import check_is_tensor
 from vfmvae.ops.posterior import LOGVAR_RANGE
-from vfmvae.serialization import check_fields
+from vfmvae.serialization import check_fields, check_lowest
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,12 @@ class BottleneckConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "bottleneck")
-        if self.codebooks < 1 or self.codes % self.codebooks:
+        check_lowest(self, "bottleneck", {"codebooks": 1, "codes": 1, "beta": 0})
+        if self.entropy_temperature <= 0:
+            raise ValueError(
+                f"bottleneck.entropy_temperature is {self.entropy_temperature}; it must be positive"
+            )
+        if self.codes % self.codebooks:
             raise ValueError(f"{self.codes} codes cannot be divided over {self.codebooks} codebooks")
 
 

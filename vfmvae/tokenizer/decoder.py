@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vfmvae import ops
-from vfmvae.serialization import check_fields
+from vfmvae.serialization import check_fields, check_lowest
 from vfmvae.tokenizer.decoder_blocks import ConvNeXtLayer, LatentBranch, SelfAttention, ToRGB, Upsample
 
 NUM_BLOCKS = 6
@@ -48,6 +48,8 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "decoder")
+        widths = {"channel_max": 1, "latent_widths": 1, "style_width": 1, "style_pooled": 1}
+        check_lowest(self, "decoder", {**widths, "num_res_blocks": 0, "attention_depths": 0})
         if 0 not in self.latent_blocks:
             raise ValueError(
                 f"decoder.latent_blocks {self.latent_blocks} lacks block 0, which has no other input"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -99,6 +100,8 @@ def _read_config(path: Path) -> TokenizerConfig:
 
 
 def _find(path_or_hub_id: str | Path) -> Path:
+    if not isinstance(path_or_hub_id, str | PathLike):
+        raise ValueError(f"cannot load {path_or_hub_id!r}; give a folder or a hub id (owner/name)")
     path = Path(path_or_hub_id)
     if path.is_dir():
         if not (path / CONFIG_FILE).is_file():

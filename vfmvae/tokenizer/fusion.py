@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vfmvae import ops
-from vfmvae.serialization import check_fields
+from vfmvae.serialization import check_fields, check_lowest
 
 Projection = Literal["attention", "conv"]
 
@@ -37,9 +37,8 @@ class FusionConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "fusion")
-        for name in ("compress_depth", "decompress_depth", "decompress_factor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"fusion.{name} is {getattr(self, name)}; it must be at least 1")
+        names = ("layer_widths", "compress_depth", "decompress_depth", "decompress_factor")
+        check_lowest(self, "fusion", dict.fromkeys(names, 1))
 
 
 class FusionAttention(nn.Module):

@@ -127,8 +127,7 @@ class TrainingLog:
         Raises:
             OSError: with a sentence, if metrics.jsonl cannot be written.
         """
-        if now.stage != self._last.stage:
-            self._end_interval()
+        self.enter_stage(now.stage)
         self._values.add(losses, skipped)
         self._rates = dict(rates)
         self._last = now
@@ -137,6 +136,12 @@ class TrainingLog:
         if now.step % self._every == 0 or now.seen_images >= self._total_images:
             return self._end_interval()
         return None
+
+    def enter_stage(self, stage: str) -> None:
+        """End the interval where another stage begins. Called before its first step, the time is told right."""
+        if stage != self._last.stage:
+            self._end_interval()
+            self._last = self._last._replace(stage=stage)
 
     def evaluation(self, now: Position, quality: Mapping[str, float]) -> None:
         """Record the quality of held-out images, mean per name; call it before this step's checkpoint."""
