@@ -92,12 +92,6 @@ def test_an_optional_section_can_be_overridden_where_the_config_has_it() -> None
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--recipe", "dmeo"], "error: unknown recipe 'dmeo'; known: demo, vfm_vae_siglip2_large"),
-        (["--recipe"], "error: argument --recipe: expected one argument"),
-        (
-            ["--recipe", "demo", "--config", "x.json"],
-            "error: give --recipe demo or --config x.json, not both",
-        ),
         (["--config", "absent.json"], "error: absent.json cannot be read: No such file or directory"),
         (["--config", "cut.json"], "error: cut.json is not valid JSON: "),
         (
@@ -111,7 +105,6 @@ def test_an_optional_section_can_be_overridden_where_the_config_has_it() -> None
         (["--data", "absent"], "error: image folder absent does not exist"),
         (["--data", "cut.json"], "error: cut.json is a file; give the folder"),
         (["--data", "taken"], "error: no images for train in taken"),
-        (["--device", "gpu"], "error: device 'gpu' cannot be used: "),
         (["--tokenizer.encoder.name", "minni"], "error: "),
     ],
 )
@@ -137,6 +130,17 @@ def test_mistakes_are_one_sentence_and_leave_no_run(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--recipe", "dmeo"], "error: unknown recipe 'dmeo'; known: demo, vfm_vae_siglip2_large"),
+        (["--recipe"], "error: argument --recipe: expected one argument"),
+        (
+            ["--recipe", "demo", "--config", "x.json"],
+            "error: give --recipe demo or --config x.json, not both",
+        ),
+        (["--run-dir", ""], "error: --run-dir is empty; give a folder"),
+        (["--run-dir="], "error: --run-dir is empty; give a folder"),
+        (["--device", "gpu"], "error: device 'gpu' cannot be used: "),
+        (["--tokenizer.decoder.channel-max", "0"], "decoder.channel_max is 0;"),
+        (["--tokenizer.bottleneck.initial-logvar", "nan"], "initial_logvar is nan;"),
         (["--stepz", "3"], "unknown option --stepz"),
         (["--steps", "three"], "--steps"),
         (["--steps"], "--steps"),

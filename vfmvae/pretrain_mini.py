@@ -35,7 +35,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vfmvae.atomic import write_atomically
-from vfmvae.cli import command, parse
+from vfmvae.cli import command, parse, usage
 from vfmvae.data import Photographs
 from vfmvae.data.views import Views, draw_views, grid_points, to_grey
 from vfmvae.images import to_unit
@@ -196,7 +196,8 @@ def pretraining_losses(
 def pretrain(config: PretrainConfig, console: Console) -> VisionTransformer:
     """The trained encoder in eval mode on the CPU; the same for the same config on the same machine."""
     torch.manual_seed(config.seed)
-    device = pick_device(config.device)
+    with usage():
+        device = pick_device(config.device)
     model, heads = build_mini().to(device), Heads().to(device)
     parameters = [*model.parameters(), *heads.parameters()]
     groups = [

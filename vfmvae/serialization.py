@@ -53,7 +53,7 @@ def check_fields(config: Any, place: str = "") -> None:
 
 
 def check_lowest(config: Any, place: str, lowest: Mapping[str, float]) -> None:
-    """ValueError for a field, or an entry of one that is a tuple, below the number that `lowest` has for it."""
+    """ValueError for a field, or an entry of one that is a tuple, below what `lowest` has for it."""
     for name, limit in lowest.items():
         value = getattr(config, name)
         if any(entry < limit for entry in (value if isinstance(value, tuple) else (value,))):
@@ -109,13 +109,13 @@ def _value(hint: Any, value: object, place: str) -> Any:
         return _tuple(arguments, value, place)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _dataclass(hint, value, place)
+    # A number of NumPy is as good as one of Python; only bool is no number.
+    if hint in _NUMBERS and isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool):
+        value = hint(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise _misfit(value, "a finite number", place)
     if type(value) is hint:
         return value
-    # A number of NumPy is as good as one of Python; only bool is no number.
-    if hint in _NUMBERS and isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool):
-        return hint(value)
     assert hint in _PLAIN, f"{place}: fields of type {hint} cannot be read"
     raise _misfit(value, _PLAIN[hint], place)
 
@@ -140,7 +140,7 @@ def _tuple(items: tuple[Any, ...], value: object, place: str) -> tuple[Any, ...]
 
 def _misfit(value: object, needed: str, place: str) -> ValueError:
     try:
-        shown = json.dumps(value)
-    except TypeError:  # not from a JSON file
+        shown = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):  # not from a JSON file, or NaN
         shown = repr(value)
     return ValueError(f"{place + ' is ' if place else 'found '}{shown}; needed is {needed}")

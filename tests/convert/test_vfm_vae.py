@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pickle
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vfmvae
+from tests.convert.published_state import random_state
+from tests.convert.test_published_variants import arguments as tiny_arguments
 from tests.helpers import ROOT
 from vfmvae.convert.files import read_arguments, read_generator
 from vfmvae.convert.vfm_vae import convert
-from vfmvae.convert.vfm_vae_config import tokenizer_config
+from vfmvae.convert.vfm_vae_config import check_encoder_widths, tokenizer_config
 from vfmvae.tokenizer import TokenizerConfig
 
 State = dict[str, Tensor]
@@ -112,13 +116,53 @@ def _command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_unknown_and_missing_parameters_are_named(published: tuple) -> None:
     state, arguments, _ = published
-    with pytest.raises(
-        ValueError, match=r"without a counterpart in vfmvae: mapping.other, synthesis.new.weight"
-    ):
+    with pytest.raises(ValueError, match=r"no place for \['mapping.other', 'synthesis.new.weight'\]"):
         convert(state | {"synthesis.new.weight": torch.zeros(1), "mapping.other": torch.zeros(1)}, arguments)
     del state["mapping.x_avg"]
     with pytest.raises(ValueError, match=r"call for \['style.average'\] more"):
         convert(state, arguments)
+
+
+def test_all_that_is_missing_or_left_over_is_one_error_with_the_file() -> None:
+    options = tiny_arguments()
+    state = random_state(options)
+    missing = (
+        "synthesis.blocks.0.seperate_upsample_conv.blur_weight",
+        "synthesis.blocks.5.last_upsample_conv.blur_weight",
+        "mapping.x_avg",
+    )
+    for name in missing:
+        del state[name]
+    del state[
+        next(name for name in state if name.startswith("vfm_encoder.") and name.endswith("q_proj.bias"))
+    ]
+    state |= {"synthesis.new.weight": torch.zeros(1), "synthesis.blocks.9.conv0.gamma": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"^net\.pth: ") as error:
+        convert(state, options, Path("net.pth"))
+    for name in (*missing[:2], "style.average", "synthesis.new.weight", "decoder.blocks.9.layers.0.gamma"):
+        assert repr(name) in str(error.value)
+    assert "do not fit the encoder siglip2-large-patch16-512" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mapping.mlp.fc0.weight", "vfm_encoder.*k_proj.weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_refused(name: str, value: float) -> None:
+    options = tiny_arguments()
+    state = random_state(options)
+    key = next(key for key in state if fnmatch(key, name))
+    state[key].view(-1)[-1] = value
+    with pytest.raises(ValueError, match=r"net\.pth: .* holds values that are not finite"):
+        convert(state, options, "net.pth")
+
+
+def test_the_command_says_what_it_converted(tmp_path: Path) -> None:
+    options = tiny_arguments()
+    save_file(random_state(options), tmp_path / "net.safetensors")
+    (tmp_path / "c.json").write_text(json.dumps(options))
+    files = ("--checkpoint", tmp_path / "net.safetensors", "--config", tmp_path / "c.json")
+    done = _command(*files, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("siglip2-large-patch16-512 with 3 blocks of width 32\n")
 
 
 def test_constants_are_checked_before_they_are_dropped(published: tuple) -> None:
@@ -140,7 +184,7 @@ def test_blur_filters_must_be_there_exactly_where_they_are_applied(published: tu
     with pytest.raises(ValueError, match="is not the binomial blur of size 5"):
         convert(state | {key: small}, arguments)
     del state[key]
-    with pytest.raises(ValueError, match="blur_weight is missing although use_gaussian_blur is true"):
+    with pytest.raises(ValueError, match=rf"call for \['{key}'\] more"):
         convert(state, arguments)
 
 
@@ -156,6 +200,12 @@ def test_encoder_widths_must_be_the_encoders(published: tuple) -> None:
     state, arguments, _ = published
     with pytest.raises(ValueError, match=r"patch_in_dimensions is \[7, 7, 7\]; the encoder's layers are 64"):
         convert(state, arguments | {"patch_in_dimensions": [7, 7, 7]})
+
+
+@pytest.mark.parametrize("widths", [3, True, "64", {"a": 1}])
+def test_encoder_widths_must_be_a_list(widths: object) -> None:
+    with pytest.raises(ValueError, match="argument patch_in_dimensions is "):
+        check_encoder_widths({"patch_in_dimensions": widths}, 64)
 
 
 def test_a_wrong_shape_is_named(published: tuple) -> None:
@@ -192,6 +242,10 @@ def test_published_defaults_are_the_full_size_model() -> None:
         ({"vfm_config": {"model_type": "dinov2", "layer_norm_eps": 1e-5}}, "layer_norm_eps 1e-05"),
         ({"channel_base": "many"}, "argument channel_base is 'many'; needed is int, like 32768"),
         ({"patch_from_layers": 3}, "argument patch_from_layers is 3; needed is list"),
+        ({"synthesis_kwargs": 3}, "argument synthesis_kwargs is 3; needed is a mapping"),
+        ({"synthesis_kwargs": True}, "argument synthesis_kwargs is True; needed is a mapping"),
+        ({"synthesis_kwargs": [1, "y"]}, "argument synthesis_kwargs is .*; needed is a mapping"),
+        ({3: 4}, "unknown arguments: 3"),
         ({"legacy": 1}, "argument legacy is 1; needed is bool"),
     ],
 )
@@ -255,6 +309,9 @@ def test_arguments_come_from_yaml_or_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bad.yaml is not valid YAML"):
         read_arguments(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "number.yaml").write_text("G_kwargs: 3\n")
+    with pytest.raises(ValueError, match="number.yaml holds no arguments"):
+        read_arguments(tmp_path / "number.yaml")
     with pytest.raises(ValueError, match="list.yaml holds no arguments"):
         read_arguments(tmp_path / "list.yaml")
     with pytest.raises(ValueError, match="none.yaml cannot be read"):

@@ -94,6 +94,15 @@ def test_uniform_assignments_have_the_lowest_entropy_loss() -> None:
 def test_bad_values_are_named() -> None:
     with pytest.raises(ValueError, match='bottleneck.kind is "vq"; needed is one of gaussian, discrete'):
         BottleneckConfig("vq")
+    for field, value, needed in (
+        ("initial_logvar", math.nan, "needed is a finite number"),
+        ("codebooks", 0, "it must be at least 1"),
+        ("codes", 0, "it must be at least 1"),
+        ("beta", -0.5, "it must be at least 0"),
+        ("entropy_temperature", 0.0, "it must be positive"),
+    ):
+        with pytest.raises(ValueError, match=f"bottleneck.{field} is {value}; {needed}"):
+            BottleneckConfig(**{field: value})
     with pytest.raises(ValueError, match="10 codes cannot be divided over 3 codebooks"):
         BottleneckConfig("discrete", codebooks=3, codes=10)
     with pytest.raises(ValueError, match="7 latent channels cannot be cut into 2"):

@@ -72,6 +72,18 @@ def test_a_new_layer_is_nearly_the_identity() -> None:
         ({"latent_widths": (8,)}, "has 1 entries; block 3 needs one"),
         ({"attention_depths": (1,)}, "needs one entry for each"),
         ({"channel_base": 100}, "leaves the last block no channels"),
+        ({"channel_max": 0}, "decoder.channel_max is 0; it must be at least 1"),
+        ({"style_width": -1}, "decoder.style_width is -1; it must be at least 1"),
+        ({"style_pooled": 0}, "decoder.style_pooled is 0; it must be at least 1"),
+        ({"num_res_blocks": -1}, "decoder.num_res_blocks is -1; it must be at least 0"),
+        (
+            {"attention_depths": (1, -1, 1)},
+            r"decoder.attention_depths is \(1, -1, 1\); each entry must be at least 0",
+        ),
+        (
+            {"latent_widths": (8, 8, 8, -1)},
+            r"decoder.latent_widths is \(8, 8, 8, -1\); each of latent_blocks",
+        ),
     ],
 )
 def test_bad_values_are_named(changes: dict, message: str) -> None:

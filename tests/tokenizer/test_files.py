@@ -148,6 +148,8 @@ def test_what_is_no_tokenizer_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; give the folder"):
         vfmvae.load(tmp_path / "file")
+    with pytest.raises(ValueError, match="cannot load 3; give a folder or a hub id"):
+        vfmvae.load(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="is no hub id"):
         vfmvae.load(tmp_path / "not/there/at/all")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

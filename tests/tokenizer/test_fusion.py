@@ -95,6 +95,10 @@ def test_maps_and_tokens_are_views_of_each_other() -> None:
 def test_bad_values_are_named() -> None:
     with pytest.raises(ValueError, match='fusion.compress is "mlp"; needed is one of attention, conv'):
         FusionConfig(compress="mlp")
+    with pytest.raises(ValueError, match=r"layer_widths is \(8, 0\); each entry must be at least 1"):
+        FusionConfig(layer_widths=(8, 0))
+    with pytest.raises(ValueError, match="fusion.decompress_factor is 0; it must be at least 1"):
+        FusionConfig(decompress_factor=0)
     with pytest.raises(ValueError, match="width 7 cannot be divided into 2 heads"):
         AttentionProjection(7, 3)
     with pytest.raises(ValueError, match="1 feature maps were given, 3 are fused"):

@@ -110,9 +110,7 @@ def convert(
     return tokenizer.eval()
 
 
-def _values(
-    state: Mapping[str, Tensor], tokenizer: Tokenizer, without_alignment: bool
-) -> dict[str, Tensor]:
+def _values(state: Mapping[str, Tensor], tokenizer: Tokenizer, without_alignment: bool) -> dict[str, Tensor]:
     """A value for every name of the tokenizer's state dict; all that is missing or left over is one error."""
     target = tokenizer.state_dict()
     encoder = {k[len(ENCODER_PREFIX) :]: v for k, v in state.items() if k.startswith(ENCODER_PREFIX)}
@@ -224,7 +222,7 @@ def _drop_zero_biases(state: dict[str, Tensor]) -> None:
 
 
 def _drop_blurs(state: dict[str, Tensor], config: DecoderConfig) -> list[str]:
-    """Blur filters are constants in our decoder: each must be the one that is applied. Returns missing ones."""
+    """Blur filters are constants in our decoder: each must be as applied. Returns missing ones."""
     missing = []
     for block in range(NUM_BLOCKS):
         size = config.blur_size(block)

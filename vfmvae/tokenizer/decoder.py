@@ -48,8 +48,8 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "decoder")
-        widths = {"channel_max": 1, "latent_widths": 1, "style_width": 1, "style_pooled": 1}
-        check_lowest(self, "decoder", {**widths, "num_res_blocks": 0, "attention_depths": 0})
+        lowest = {"channel_max": 1, "style_width": 1, "style_pooled": 1}
+        check_lowest(self, "decoder", {**lowest, "num_res_blocks": 0, "attention_depths": 0})
         if 0 not in self.latent_blocks:
             raise ValueError(
                 f"decoder.latent_blocks {self.latent_blocks} lacks block 0, which has no other input"
@@ -63,6 +63,10 @@ class DecoderConfig:
             raise ValueError(
                 f"decoder.latent_widths has {len(self.latent_widths)} entries;"
                 f" block {max(self.latent_blocks)} needs one too (they are indexed by block)"
+            )
+        if any(self.latent_widths[i] < 1 for i in self.latent_blocks):
+            raise ValueError(
+                f"decoder.latent_widths is {self.latent_widths}; each of latent_blocks needs at least 1"
             )
         if len(self.attention_depths) != len(self.attention_blocks):
             raise ValueError(

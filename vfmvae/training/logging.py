@@ -138,7 +138,7 @@ class TrainingLog:
         return None
 
     def enter_stage(self, stage: str) -> None:
-        """End the interval where another stage begins. Called before its first step, the time is told right."""
+        """End the interval where another stage begins; call it before that stage's first step."""
         if stage != self._last.stage:
             self._end_interval()
             self._last = self._last._replace(stage=stage)
