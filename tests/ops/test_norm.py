@@ -28,6 +28,20 @@ def test_group_norm_agrees(shape: tuple[int, ...], groups: int, activation: str 
     assert_agrees(norm, [torch.randn(shape), torch.randn(shape[1]), torch.randn(shape[1])])
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_weight_can_learn_where_the_input_asks_for_no_gradient(fused: bool) -> None:
+    x = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
+    ops.group_norm(x, 2, weight, bias, fused=fused).square().sum().backward()
+    expected = 2 * ops.group_norm(x.double(), 2, torch.ones(8).double(), torch.zeros(8).double(), fused=False)
+    normed = expected / 2
+    assert weight.grad is not None and bias.grad is not None
+    torch.testing.assert_close(weight.grad, (expected * normed).sum((0, 2, 3)).float())
+    torch.testing.assert_close(bias.grad, expected.sum((0, 2, 3)).float(), atol=1e-4, rtol=1e-4)
+    frozen = ops.group_norm(x, 2, weight.detach(), bias.detach(), fused=fused)
+    assert not frozen.requires_grad, "and nothing asks for one where all is frozen"
+
+
 def test_a_large_mean_does_not_hide_the_variance() -> None:
     x = 100 + torch.randn(2, 8, 16, 16)
     assert_agrees(lambda x, fused: ops.group_norm(x, 2, torch.ones(8), torch.zeros(8), fused=fused), [x])

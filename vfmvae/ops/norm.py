@@ -54,7 +54,7 @@ def group_norm(
 def group_norm_reference(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, activation: Activation | None
 ) -> Tensor:
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = _asking_for_a_gradient(x if x.dtype == torch.float64 else x.float(), weight)
     y = torch.group_norm(wide, groups, weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
     return y if activation is None else ACTIVATIONS[activation](y)
 
@@ -64,9 +64,18 @@ def _group_norm_torch(
 ) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     if x.device.type == "cpu":
-        x = x - _group_means(x, groups)
+        x = _asking_for_a_gradient(x - _group_means(x, groups), weight)
     y = torch.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
     return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def _asking_for_a_gradient(x: Tensor, weight: Tensor) -> Tensor:
+    """x, requiring a gradient if `weight` does: PyTorch 2.11's backward for channels-last memory on the CPU
+    crashes where the weight asks for a gradient and the input does not.
+    """
+    if x.device.type != "cpu" or x.requires_grad or not (weight.requires_grad and torch.is_grad_enabled()):
+        return x
+    return x.detach().requires_grad_()
 
 
 @torch.no_grad()
