@@ -121,13 +121,16 @@ def test_an_accumulated_batch_gives_the_same_update() -> None:
 
 
 def test_an_accumulated_batch_plays_the_same_game() -> None:
-    # One step, and not as close: the discriminators' batch norms enlarge the last digits.
+    # One step of 1e-3, and not as close: the discriminators' batch norms enlarge the last digits.
     whole, parts = job(batch_size=16), job(batch_size=16, accumulate=2)
     (ours,), (theirs,) = steps(whole, 1), steps(parts, 1)
     assert ours.losses.keys() == theirs.losses.keys()
     for name, loss in ours.losses.items():
         torch.testing.assert_close(theirs.losses[name], loss, rtol=1e-4, atol=1e-5, msg=name)
-    assert largest_difference(parameters(whole), parameters(parts)) < 1e-4
+    one, other = parameters(whole), parameters(parts)
+    for part, limit in (("tokenizer.", 5e-5), ("projected.", 5e-4), ("patch.", 5e-4)):
+        ours, theirs_ = ({n: p for n, p in found.items() if n.startswith(part)} for found in (one, other))
+        assert largest_difference(ours, theirs_) < limit, part
 
 
 def test_an_adaptive_weight_is_kept_between_measurements() -> None:
