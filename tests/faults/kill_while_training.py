@@ -55,9 +55,10 @@ def is_over(child: int) -> bool:
     return ended != 0
 
 
-def wait_for_start(child: int, folder: Path, starts: int) -> None:
-    """Until the run has written its n-th start line; what comes before is no training."""
-    while not (folder / "metrics.jsonl").exists() or len(lines(folder, "start")) < starts:
+def wait_for_start(child: int, folder: Path, since_ns: int) -> None:
+    """Until the run has written to its log; what comes before is no training."""
+    log = folder / "metrics.jsonl"
+    while not log.exists() or log.stat().st_mtime_ns < since_ns or not lines(folder, "start"):
         assert not is_over(child), "a run ended before it began"
         time.sleep(0.005)
 
@@ -72,11 +73,11 @@ def main() -> None:
         time.sleep(0.01)
     kills = saving = finished = 0
     different: list[str] = []
-    run, starts = folder / "0", 0
-    while kills < KILLS or starts:
+    run, begun = folder / "0", False
+    while kills < KILLS or begun:
+        since_ns, begun = time.time_ns(), True
         child = start(run)
-        starts = 1 if not run.exists() else len(lines(run, "start")) + 1
-        wait_for_start(child, run, starts)
+        wait_for_start(child, run, since_ns)
         deadline = time.monotonic() + chance.uniform(0.0, 1.2)
         over = False
         while not over and (kills == KILLS or time.monotonic() < deadline):
@@ -89,7 +90,7 @@ def main() -> None:
                 different.append(str(error))
             finished += 1
             shutil.rmtree(run)
-            run, starts = folder / str(finished), 0
+            run, begun = folder / str(finished), False
             continue
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
