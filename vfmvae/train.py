@@ -269,7 +269,9 @@ def main() -> None:
     try:
         train(launch.run, folder, Console())
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{str(error).splitlines()[0]}; try a smaller --batch-size") from None
+        raise ValueError(
+            f"{str(error).splitlines()[0]}; try --engine.accumulate 2 (or more), --engine.recompute, or a smaller --batch-size"
+        ) from None
 
 
 if __name__ == "__main__":

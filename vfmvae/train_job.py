@@ -17,6 +17,7 @@ from vfmvae.config import TrainConfig
 from vfmvae.data import load_batches, open_data
 from vfmvae.discriminators import PatchDiscriminator, ProjectedDiscriminator
 from vfmvae.discriminators.blur import blur_sigma
+from vfmvae.discriminators.layers import group_count
 from vfmvae.losses.perceptual import LPIPS, VGG16, PerceptualNetwork, perceptual_network
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.parts import part_modules, set_trained
@@ -38,7 +39,7 @@ from vfmvae.training.regions import (
     recompute_blocks,
     shard_blocks,
 )
-from vfmvae.training.stages import Place, StageConfig
+from vfmvae.training.stages import ADVERSARIAL_TERMS, Place, StageConfig
 from vfmvae.training.state import TrainingState
 
 
@@ -125,7 +126,10 @@ class Job:
                 f"batch_size {self.config.batch_size} cannot be shared by {world_size()} processes in"
                 f" {self.config.engine.accumulate} parts (engine.accumulate); use a multiple of {parts}"
             )
-        return self.config.batch_size // parts
+        size = self.config.batch_size // parts
+        if any(getattr(s.losses, term) for s in self.config.stages for term in ADVERSARIAL_TERMS):
+            group_count(size)  # found now, not when the stage begins
+        return size
 
     @property
     def _sharded(self) -> bool:
@@ -213,7 +217,8 @@ class Job:
         """Train `model` along with the tokenizer (vfmvae.training.companion). Goes before `enter_stage`."""
         model.to(self.device)
         built = build_optimizer(optimizer, [p for p in model.parameters() if p.requires_grad])
-        companion = Companion(name, self._replicated(model), weight, built, self._guard())
+        guard = StepGuard(self.config.safety, self.device, scaled=False)  # the tokenizer's scale is taken off
+        companion = Companion(name, self._replicated(model), weight, built, guard)
         self.companions.append(companion)
         self.state.modules[name] = model
         self.state.optimizers[name] = built
@@ -228,6 +233,7 @@ class Job:
         """
         stage = self.config.stages[number]
         self.model = self.forward  # an earlier wrapper lets go of the gradients first
+        self.tokenizer.zero_grad(set_to_none=True)  # or what is frozen from now on would keep its gradients
         trained = set_trained(self.tokenizer, stage.trains)
         self.trained = list(trained.values())
         earlier = getattr(self, "optimizer", None)

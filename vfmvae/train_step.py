@@ -158,10 +158,12 @@ def generator_step(
     if "alignment" in losses:
         losses["alignment_factor"] = weights["alignment"] * job.alignment_factor(None)
         total = total + losses["alignment_factor"] * losses["alignment"]
-    skip, norm = update(job.optimizer, job.trained, job.guard, total, job.config.engine.clip_norm)
     for companion in job.companions:
+        # Its losses went backward with the tokenizer's, and carry that scale, which the next line may move.
+        scale_gradients(companion.parameters, job.guard.scale.reciprocal())
         loss = losses[f"{companion.name}_own"]
         update(companion.optimizer, companion.parameters, companion.guard, loss, job.config.engine.clip_norm)
+    skip, norm = update(job.optimizer, job.trained, job.guard, total, job.config.engine.clip_norm)
     job.buffers.restore(skip)
     job.average()
     return {**losses, "total": total, "gradient_norm": norm}, skip

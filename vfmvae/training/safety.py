@@ -1,4 +1,4 @@
-"""What keeps a run from losing work: stop signals wait for the end of a step, bad weights are not stored."""
+"""What keeps a run from losing work: stop signals wait for the end of a step."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
-
-import torch
-from torch import nn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -49,14 +46,3 @@ class StopRequest:
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-@torch.no_grad()
-def check_finite(model: nn.Module, step: int) -> None:
-    """FloatingPointError if a trained parameter holds NaN or infinity; waits for the device."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
-            raise FloatingPointError(
-                f"parameter {name} is not finite after step {step}, so no checkpoint was written;"
-                f" lower optimizer.learning_rate or use --dtype fp32"
-            )
