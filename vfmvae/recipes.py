@@ -119,7 +119,11 @@ def vfm_vae_siglip2_large() -> TrainConfig:
         equivariance=NO_EQUIVARIANCE,
     )
     return TrainConfig(
-        stages=(strong, weak, ssim, patch), workers=8, checkpoint_every=1000, evaluate_every=1000
+        stages=(strong, weak, ssim, patch),
+        fused=True,
+        workers=8,
+        checkpoint_every=1000,
+        evaluate_every=1000,
     )
 
 

@@ -269,9 +269,8 @@ def main() -> None:
     try:
         train(launch.run, folder, Console())
     except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{str(error).splitlines()[0]}; try --engine.accumulate 2 (or more), --engine.recompute, or a smaller --batch-size"
-        ) from None
+        remedy = "try --engine.accumulate 2 or more, --engine.recompute, or a smaller --batch-size"
+        raise ValueError(f"{str(error).splitlines()[0]}; {remedy}") from None
 
 
 if __name__ == "__main__":
