@@ -21,6 +21,58 @@ PYBIND11_MODULE(_C, module) {
   module.def("depthwise_weight_gradient_cpu", &vfmvae::depthwise_weight_gradient_cpu, py::kw_only(), "x"_a,
              "grad"_a, "out"_a, "dtype"_a, "batch"_a, "height"_a, "width"_a, "channels"_a, "kernel_size"_a,
              "threads"_a, no_gil);
+  module.def(
+      "modulated_mlp_cpu",
+      [](uintptr_t x, uintptr_t residual, uintptr_t style, uintptr_t demodulation, uintptr_t expand,
+         uintptr_t expand_bias, uintptr_t contract, uintptr_t contract_bias, uintptr_t out,
+         const std::string& dtype, int64_t batch, int64_t pixels, int64_t channels, int64_t hidden,
+         int threads) {
+        vfmvae::modulated_mlp_cpu(
+            x, residual, {style, demodulation, expand, expand_bias, contract, contract_bias}, out, dtype, batch,
+            pixels, channels, hidden, threads);
+      },
+      py::kw_only(), "x"_a, "residual"_a, "style"_a, "demodulation"_a, "expand"_a, "expand_bias"_a,
+      "contract"_a, "contract_bias"_a, "out"_a, "dtype"_a, "batch"_a, "pixels"_a, "channels"_a, "hidden"_a,
+      "threads"_a, no_gil);
+  module.def(
+      "modulated_mlp_backward_cpu",
+      [](uintptr_t x, uintptr_t grad, uintptr_t style, uintptr_t demodulation, uintptr_t expand,
+         uintptr_t expand_bias, uintptr_t contract, uintptr_t contract_bias, uintptr_t grad_x,
+         uintptr_t grad_style, uintptr_t grad_demodulation, uintptr_t grad_expand, uintptr_t grad_expand_bias,
+         uintptr_t grad_contract, uintptr_t grad_contract_bias, const std::string& dtype, int64_t batch,
+         int64_t pixels, int64_t channels, int64_t hidden, int threads) {
+        vfmvae::modulated_mlp_backward_cpu(
+            x, grad, {style, demodulation, expand, expand_bias, contract, contract_bias},
+            {grad_x, grad_style, grad_demodulation, grad_expand, grad_expand_bias, grad_contract,
+             grad_contract_bias},
+            dtype, batch, pixels, channels, hidden, threads);
+      },
+      py::kw_only(), "x"_a, "grad"_a, "style"_a, "demodulation"_a, "expand"_a, "expand_bias"_a, "contract"_a,
+      "contract_bias"_a, "grad_x"_a, "grad_style"_a, "grad_demodulation"_a, "grad_expand"_a,
+      "grad_expand_bias"_a, "grad_contract"_a, "grad_contract_bias"_a, "dtype"_a, "batch"_a, "pixels"_a,
+      "channels"_a, "hidden"_a, "threads"_a, no_gil);
+  module.def(
+      "group_norm_cpu",
+      [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t rstd, uintptr_t out,
+         const std::string& dtype, int64_t batch, int64_t pixels, int64_t channels, int64_t groups, double eps,
+         const std::string& activation, int threads) {
+        vfmvae::group_norm_cpu({x, weight, bias, mean, rstd, out}, dtype, batch, pixels, channels, groups, eps,
+                               activation, threads);
+      },
+      py::kw_only(), "x"_a, "weight"_a, "bias"_a, "mean"_a, "rstd"_a, "out"_a, "dtype"_a, "batch"_a,
+      "pixels"_a, "channels"_a, "groups"_a, "eps"_a, "activation"_a, "threads"_a, no_gil);
+  module.def(
+      "group_norm_backward_cpu",
+      [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t rstd, uintptr_t grad,
+         uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias, const std::string& dtype, int64_t batch,
+         int64_t pixels, int64_t channels, int64_t groups, const std::string& activation, int threads) {
+        vfmvae::group_norm_backward_cpu({x, weight, bias, mean, rstd, grad_x}, grad, grad_weight, grad_bias,
+                                        dtype, batch, pixels, channels, groups, activation, threads);
+      },
+      py::kw_only(), "x"_a, "weight"_a, "bias"_a, "mean"_a, "rstd"_a, "grad"_a, "grad_x"_a, "grad_weight"_a,
+      "grad_bias"_a, "dtype"_a, "batch"_a, "pixels"_a, "channels"_a, "groups"_a, "activation"_a, "threads"_a,
+      no_gil);
+  module.def("cpu_multiplies_bfloat16", &vfmvae::cpu_multiplies_bfloat16, no_gil);
 #ifdef VFMVAE_WITH_CUDA
   module.def("cuda_objection", &vfmvae::cuda_objection, "device"_a, no_gil);
   module.def("upsample_blur_cuda", &vfmvae::upsample_blur_cuda, py::kw_only(), "x"_a, "residual"_a, "out"_a,

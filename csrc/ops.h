@@ -26,6 +26,47 @@ void depthwise_weight_gradient_cpu(uintptr_t x, uintptr_t grad, uintptr_t out, c
                                    int64_t batch, int64_t height, int64_t width, int64_t channels,
                                    int kernel_size, int threads);
 
+// Addresses of float32 tensors, E hidden channels.
+struct ModulatedMlpWeights {
+  uintptr_t style, demodulation;          // [B, C], [B, E]
+  uintptr_t expand, expand_bias;          // [E, C], [E]
+  uintptr_t contract, contract_bias;      // [C, E], [C]
+};
+// `x` has the dtype of the op's x, the others are float32 and as those of the weights; where `expand` is 0,
+// gradients of expand, contract and their biases are not computed.
+struct ModulatedMlpGradients {
+  uintptr_t x, style, demodulation;
+  uintptr_t expand, expand_bias, contract, contract_bias;
+};
+
+// out = residual + contract gelu(demodulation * (expand (style * x)) + expand_bias) + contract_bias
+// with x, residual, out [B, pixels, C], float32 or bfloat16; sums are in float32.
+void modulated_mlp_cpu(uintptr_t x, uintptr_t residual, const ModulatedMlpWeights& weights, uintptr_t out,
+                       const std::string& dtype, int64_t batch, int64_t pixels, int64_t channels,
+                       int64_t hidden, int threads);
+// Gradients of all but the residual, whose gradient is `grad`, from grad [B, pixels, C].
+void modulated_mlp_backward_cpu(uintptr_t x, uintptr_t grad, const ModulatedMlpWeights& weights,
+                                const ModulatedMlpGradients& gradients, const std::string& dtype,
+                                int64_t batch, int64_t pixels, int64_t channels, int64_t hidden, int threads);
+
+// Addresses. x and out have the dtype of the op, the others are float32.
+struct GroupNormTensors {
+  uintptr_t x, weight, bias;   // [B, pixels, C], [C], [C]
+  uintptr_t mean, rstd, out;   // [B, groups] twice, [B, pixels, C]
+};
+
+// out = activation((x - mean) * rstd * weight + bias) with the mean and 1 / sqrt(variance + eps) of every
+// group of C / groups channels over all pixels, which are results too. Sums are in float32 or better.
+void group_norm_cpu(const GroupNormTensors& tensors, const std::string& dtype, int64_t batch, int64_t pixels,
+                    int64_t channels, int64_t groups, double eps, const std::string& activation, int threads);
+// From grad [B, pixels, C]: `out` becomes the gradient of x; those of weight and bias are float32 [C].
+void group_norm_backward_cpu(const GroupNormTensors& tensors, uintptr_t grad, uintptr_t grad_weight,
+                             uintptr_t grad_bias, const std::string& dtype, int64_t batch, int64_t pixels,
+                             int64_t channels, int64_t groups, const std::string& activation, int threads);
+
+// Whether this processor multiplies matrices of bfloat16 faster than those of float32.
+bool cpu_multiplies_bfloat16();
+
 // Why this build cannot run on a CUDA device, or "".
 std::string cuda_objection(int device);
 

@@ -9,14 +9,18 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
+
+requires_extension = pytest.mark.skipif(find_spec("vfmvae._C") is None, reason="vfmvae._C is not built")
 
 # Largest relative error ||out - truth|| / ||truth|| of an implementation, whatever PyTorch's own error is.
 RELATIVE_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float64: 1e-12}

@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import assert_kernel_close
+from tests.helpers import assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
-from vfmvae.ops.conv import _depthwise_weight_gradient
-
-requires_extension = pytest.mark.skipif(find_spec("vfmvae._C") is None, reason="vfmvae._C is not built")
 
 
 def test_depthwise_is_a_sum_over_the_window() -> None:
@@ -77,6 +72,17 @@ def test_compiled_depthwise_gradients(
 
 
 @requires_extension
+def test_depthwise_gradients_of_the_input_alone() -> None:
+    x, weight = torch.randn(1, 4, 5, 5, requires_grad=True), torch.randn(4, 1, 3, 3, requires_grad=True)
+    y = ops.depthwise_conv2d(x, weight, fused="cpu")
+    (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with ops.input_gradients_only():
+        of_x, of_weight = torch.autograd.grad(y.sum(), (x, weight), allow_unused=True, retain_graph=True)
+    assert of_weight is None and torch.equal(of_x, expected)
+    assert torch.autograd.grad(y.sum(), weight)[0] is not None, "outside of it they are there again"
+
+
+@requires_extension
 def test_the_number_of_threads_does_not_show_in_depthwise_gradients() -> None:
     # Large enough for two threads, and for the rows to be cut into bands.
     x, weight = torch.randn(2, 40, 40, 36), torch.randn(40, 1, 7, 7, requires_grad=True)
@@ -105,7 +111,10 @@ def test_a_frozen_weight_gets_no_gradient_and_the_input_does() -> None:
 @requires_extension
 def test_the_depthwise_gradient_is_an_operation_that_torch_knows() -> None:
     x, grad = torch.randn(2, 2, 5, 6, 4).permute(0, 1, 4, 2, 3)
-    torch.library.opcheck(_depthwise_weight_gradient, (x, grad, 3))
+    torch.library.opcheck(torch.ops.vfmvae.depthwise_weight_gradient.default, (x, grad, 3))
+    weight, bias = torch.randn(2, 1, 3, 3, requires_grad=True), torch.randn(2, requires_grad=True)
+    x = torch.randn(2, 2, 5, 6, requires_grad=True)
+    torch.library.opcheck(torch.ops.vfmvae.depthwise_conv2d.default, (x, weight, bias))
 
 
 @requires_extension

@@ -3,10 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import ndtr
 from torch import Tensor
 
+from tests.helpers import RELATIVE_LIMITS, assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
+from vfmvae.ops import mlp_cpu, native
 
 
 def mlp_inputs(batch: int, channels: int, height: int, width: int) -> list[Tensor]:
@@ -38,10 +41,129 @@ def test_mlp_is_the_formula_at_every_pixel() -> None:
     )
 
 
-# More pixels than channels and fewer: the fused form computes the modulation differently.
+# More pixels than channels and fewer: the form by matrix products computes the modulation differently.
+@pytest.mark.parametrize("fused", [True, "gemm"])
 @pytest.mark.parametrize("shape", [(2, 8, 6, 6), (1, 5, 7, 3), (3, 16, 2, 2), (1, 12, 1, 1)])
-def test_mlp_agrees(shape: tuple[int, ...]) -> None:
-    assert_agrees(ops.modulated_mlp, mlp_inputs(*shape))
+def test_mlp_agrees(shape: tuple[int, ...], fused: bool | str) -> None:
+    assert_agrees(ops.modulated_mlp, mlp_inputs(*shape), fused)
+
+
+def mlp_and_gradients(
+    inputs: list[Tensor], grad: Tensor, fused: bool | str, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    own = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
+    y = ops.modulated_mlp(*own, fused=fused)
+    return [y.detach(), *torch.autograd.grad(y, own, grad.to(y.dtype))]
+
+
+@pytest.fixture
+def without_fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors that have it would refuse the compiled form for bfloat16."""
+    monkeypatch.setattr(native, "cpu_multiplies_bfloat16", lambda: False)
+
+
+# Channels that fill no vector, tiles and bands of unequal size, one pixel, more samples than bands.
+@requires_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 6, 6), (2, 20, 39, 41), (1, 5, 7, 3), (3, 33, 1, 1), (40, 16, 6, 6), (1, 128, 9, 14)]
+)
+def test_compiled_mlp(
+    shape: tuple[int, ...], dtype: torch.dtype, without_fast_bfloat16: None, poisoned_empty: None
+) -> None:
+    inputs = [t.to(dtype) if i < 2 else t for i, t in enumerate(mlp_inputs(*shape))]
+    grad = torch.randn(shape).to(dtype)
+    compiled, eager = mlp_and_gradients(inputs, grad, "cpu"), mlp_and_gradients(inputs, grad, False)
+    truth = mlp_and_gradients(inputs, grad, False, torch.float64)
+    # Of gamma eager sums over pixels, and the fused forms over products of such sums: other roundings.
+    of_gamma = [found.pop() for found in (compiled, eager, truth)]
+    assert (of_gamma[0].double() - of_gamma[2]).norm() <= RELATIVE_LIMITS[dtype] * of_gamma[2].norm()
+    names = ("output", "residual", "x", "style", "w1", "b1", "w2", "b2")
+    for what, *results in zip(names, compiled, eager, truth, strict=True):
+        assert_kernel_close(*results, what)
+
+
+@requires_extension
+def test_gelu_is_exact_where_it_is_small_and_where_it_is_large() -> None:
+    # One channel, identity weights: the result is gelu(h) for every h.
+    h = torch.linspace(-14, 14, 20001)
+    one, zero = torch.ones(1), torch.zeros(1)
+    x = h.view(1, 1, 1, -1).contiguous()
+    y = mlp_cpu.modulated_mlp(
+        torch.zeros_like(x), x, one.view(1, 1), one.view(1, 1), one.view(1, 1), zero, one.view(1, 1), zero
+    )
+    truth = h.double() * torch.from_numpy(ndtr(h.double().numpy()))
+    # The square of h is rounded before exp, which costs h^2 / 2 units in the last place far out.
+    units = (y.flatten().double() - truth).abs() / (truth.abs() * 2.0**-23 + 1e-30)
+    assert (units < 4 + h.square()).all(), f"{units.max():.1f} units at {h[units.argmax()]:.3f}"
+
+
+@requires_extension
+def test_mlp_gradients_of_the_input_alone() -> None:
+    inputs = [t.requires_grad_() for t in mlp_inputs(2, 8, 5, 5)]
+    y, weights = ops.modulated_mlp(*inputs, fused="cpu"), inputs[3:7]
+    expected = torch.autograd.grad(y.sum(), inputs[:3], retain_graph=True)
+    with ops.input_gradients_only():
+        found = torch.autograd.grad(y.sum(), inputs[:3], retain_graph=True)
+        b1, w2 = torch.autograd.grad(y.sum(), (weights[1], weights[2]), allow_unused=True, retain_graph=True)
+    assert b1 is None and w2 is None
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert all(g is not None for g in torch.autograd.grad(y.sum(), weights))
+
+
+@requires_extension
+def test_the_number_of_threads_does_not_show_in_the_mlp() -> None:
+    inputs, grad = mlp_inputs(2, 24, 40, 40), torch.randn(2, 24, 40, 40)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found.append(mlp_and_gradients(inputs, grad, "cpu")[:3])
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@requires_extension
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_spread_in_the_compiled_mlp(value: float) -> None:
+    inputs = mlp_inputs(1, 16, 5, 5)
+    inputs[1][0, 3, 2, 2] = value
+    compiled, reference = (ops.modulated_mlp(*inputs, fused=fused) for fused in ("cpu", False))
+    assert torch.equal(compiled.isnan(), reference.isnan())
+
+
+@requires_extension
+def test_an_empty_batch_goes_through_the_compiled_mlp() -> None:
+    inputs = [t.requires_grad_() for t in mlp_inputs(0, 8, 4, 4)]
+    y = ops.modulated_mlp(*inputs, fused="cpu")
+    assert y.shape == (0, 8, 4, 4)
+    assert all(not g.any() for g in torch.autograd.grad(y.sum(), inputs))
+
+
+@requires_extension
+def test_the_compiled_mlp_is_an_operation_that_torch_knows() -> None:
+    residual, x, style, w1, b1, w2, b2, gamma = mlp_inputs(2, 4, 3, 5)
+    arguments = (residual, x, style, torch.rand(2, 16), w1, b1, w2, b2)
+    torch.library.opcheck(
+        torch.ops.vfmvae.modulated_mlp.default, tuple(t.requires_grad_() for t in arguments)
+    )
+    inputs = [*arguments[:3], *arguments[4:], gamma]
+    compiled = torch.compile(ops.modulated_mlp, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), ops.modulated_mlp(*inputs))
+
+
+@requires_extension
+def test_what_the_compiled_mlp_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="slower from 129 channels on, and there are 132"):
+        ops.modulated_mlp(*mlp_inputs(1, 132, 2, 2), fused="cpu")
+    with pytest.raises(ValueError, match="not torch.float16"):
+        ops.modulated_mlp(*(t.half() for t in mlp_inputs(1, 8, 2, 2)), fused="cpu")
+    monkeypatch.setattr(native, "cpu_multiplies_bfloat16", lambda: True)
+    with pytest.raises(ValueError, match="multiplies matrices of bfloat16 faster"):
+        ops.modulated_mlp(*(t.bfloat16() for t in mlp_inputs(1, 8, 2, 2)), fused="cpu")
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 6, 6), (1, 5, 7, 3)])

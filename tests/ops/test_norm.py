@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers import assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
 from vfmvae.ops.norm import ACTIVATIONS
@@ -70,6 +71,89 @@ def test_channel_rms_norm_has_length_root_c_and_agrees() -> None:
     y = ops.channel_rms_norm(x, torch.ones(9), fused=False)
     torch.testing.assert_close(y.norm(dim=1), torch.full((2, 3, 4), 3.0))
     assert_agrees(ops.channel_rms_norm, [x, gamma])
+
+
+def norm_and_gradients(
+    inputs: list[Tensor],
+    groups: int,
+    activation: str | None,
+    fused: bool | str,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """The result and the gradients of x, weight and bias, from x, weight, bias and the result's gradient."""
+    x, weight, bias, grad = (t if dtype is None else t.to(dtype) for t in inputs)
+    own = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = ops.group_norm(own[0], groups, *own[1:], activation=activation, fused=fused)
+    return [y.detach(), *torch.autograd.grad(y, own, grad)]
+
+
+# Channels that fill no vector, several tiles of pixels, tiles of unequal size, a single pixel.
+COMPILED_SHAPES = [((2, 8, 6, 6), 4), ((1, 20, 37, 23), 5), ((3, 16, 40, 31), 4), ((2, 130, 1, 1), 2)]
+
+
+@requires_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize(("shape", "groups"), COMPILED_SHAPES)
+def test_compiled_group_norm(
+    shape: tuple[int, ...], groups: int, activation: str | None, dtype: torch.dtype, poisoned_empty: None
+) -> None:
+    x, grad = (2 + torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+    inputs = [x, torch.randn(shape[1]), torch.randn(shape[1]), grad]
+    compiled = norm_and_gradients(inputs, groups, activation, "cpu")
+    eager = norm_and_gradients(inputs, groups, activation, False)
+    truth = norm_and_gradients(inputs, groups, activation, False, torch.float64)
+    for what, *results in zip(("output", "x", "weight", "bias"), compiled, eager, truth, strict=True):
+        assert_kernel_close(*results, what)
+
+
+@requires_extension
+def test_the_number_of_threads_does_not_show_in_group_norm() -> None:
+    inputs = [torch.randn(2, 24, 64, 64), torch.randn(24), torch.randn(24), torch.randn(2, 24, 64, 64)]
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            found.append(norm_and_gradients(inputs, 3, "silu", "cpu"))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@requires_extension
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e15])
+def test_values_that_are_not_finite_spread_in_compiled_group_norm(
+    value: float, activation: str | None
+) -> None:
+    x = torch.randn(2, 8, 3, 3)
+    x[1, 2, 1, 1] = value
+    inputs = [x, torch.ones(8), torch.zeros(8), torch.randn(2, 8, 3, 3)]
+    compiled = norm_and_gradients(inputs, 4, activation, "cpu")
+    reference = norm_and_gradients(inputs, 4, activation, False)
+    for ours, theirs in zip(compiled[:2], reference[:2], strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+@requires_extension
+def test_compiled_group_norm_is_an_operation_that_torch_knows() -> None:
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((2, 6, 4, 3), 6, 6))
+    torch.library.opcheck(torch.ops.vfmvae.group_norm.default, (x, weight, bias, 3, 1e-5, "gelu"))
+    compiled = torch.compile(lambda *a: ops.group_norm(a[0], 3, *a[1:]), backend="aot_eager", fullgraph=True)
+    eager = ops.group_norm(x, 3, weight, bias)
+    gradients = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (compiled(x, weight, bias), eager)]
+    torch.testing.assert_close(*gradients)
+
+
+@requires_extension
+def test_what_compiled_group_norm_refuses_is_said() -> None:
+    for x, sentence in (
+        (torch.randn(1, 4, 2, 2, dtype=torch.float16), "not torch.float16"),
+        (torch.randn(1, 4, 0, 2), "x has no pixels"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            ops.group_norm(x, 2, torch.ones(4), torch.zeros(4), fused="cpu")
 
 
 def test_wrong_arguments_are_named() -> None:

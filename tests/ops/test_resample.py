@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,11 +11,10 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
-from tests.helpers import ROOT, assert_kernel_close
+from tests.helpers import ROOT, assert_kernel_close, requires_extension
 from vfmvae.ops import upsample_blur
 from vfmvae.ops.resample import upsample_blur_reference
 
-requires_extension = pytest.mark.skipif(find_spec("vfmvae._C") is None, reason="vfmvae._C is not built")
 COMPILED = [
     pytest.param("cpu", torch.float32, marks=requires_extension),
     pytest.param("cpu", torch.bfloat16, marks=requires_extension),

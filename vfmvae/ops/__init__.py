@@ -10,6 +10,7 @@ from vfmvae.ops.conv import depthwise_conv2d, pointwise_conv2d
 from vfmvae.ops.dispatch import Fused
 from vfmvae.ops.fusion import NormedLinear, fusion_projection
 from vfmvae.ops.gated import geglu
+from vfmvae.ops.gradients import input_gradients_only
 from vfmvae.ops.mlp import modulated_mlp, modulated_to_rgb
 from vfmvae.ops.norm import Activation, channel_rms_norm, group_norm
 from vfmvae.ops.perceptual import lpips_distance, ssim
@@ -27,6 +28,7 @@ __all__ = [
     "gaussian_posterior",
     "geglu",
     "group_norm",
+    "input_gradients_only",
     "lpips_distance",
     "modulated_mlp",
     "modulated_to_rgb",

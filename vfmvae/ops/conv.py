@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vfmvae.ops import native
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
+from vfmvae.ops.gradients import weight_gradients_wanted
+from vfmvae.ops.operation import Autograd, operation
 
 CPU_KERNEL_SIZES = (3, 5, 7)
 
@@ -53,39 +55,42 @@ def _depthwise_conv2d_torch(x: Tensor, weight: Tensor, bias: Tensor | None, nois
     return depthwise_conv2d_reference(x.contiguous(memory_format=torch.channels_last), weight, bias, noise)
 
 
-class _DepthwiseCPU(torch.autograd.Function):
+def _run_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return depthwise_conv2d_reference(_channels_last(x), weight, bias, None)
+
+
+def _depthwise_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _setup_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _depthwise_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """PyTorch's forward and input gradient, which are fast, and our gradient of the weight, where it is not:
     it takes ten times as long as the other two for 5 x 5 and 7 x 7, and more for maps of a few pixels.
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return depthwise_conv2d_reference(x, weight, bias, None)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x = grad_weight = grad_bias = None
-        if needs_x:  # the transpose of a "same" convolution is one with the weight turned by half a circle
-            grad_x = depthwise_conv2d_reference(grad, weight.flip(2, 3), None, None)
-        if needs_weight or needs_bias:
-            size = weight.shape[-1]
-            sums = _depthwise_weight_gradient(x, grad, size)
-            grad_weight = sums[:-1].t().reshape(-1, 1, size, size).to(weight.dtype)
-            grad_bias = sums[-1].to(weight.dtype) if needs_bias else None
-        return grad_x, grad_weight, grad_bias
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    grad = _channels_last(grad)
+    grad_x = grad_weight = grad_bias = None
+    if needs_x:  # the transpose of a "same" convolution is one with the weight turned by half a circle
+        grad_x = depthwise_conv2d_reference(grad, weight.flip(2, 3), None, None)
+    if (needs_weight or needs_bias) and weight_gradients_wanted():
+        size = weight.shape[-1]
+        sums = _depthwise_weight_gradient(x, grad, size)
+        grad_weight = sums[:-1].t().reshape(-1, 1, size, size).to(weight.dtype)
+        grad_bias = sums[-1].to(weight.dtype) if needs_bias else None
+    return grad_x, grad_weight, grad_bias
 
 
-@torch.library.custom_op("vfmvae::depthwise_weight_gradient", mutates_args=(), device_types="cpu")
-def _depthwise_weight_gradient(x: Tensor, grad: Tensor, size: int) -> Tensor:
+def _run_weight_gradient(x: Tensor, grad: Tensor, size: int) -> Tensor:
     """x and the output's gradient [B, C, H, W] -> [k*k + 1, C] float32: weight, and bias in the last row."""
     batch, channels, height, width = x.shape
-    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    out = _depthwise_weight_gradient_fake(x, grad, size)
+    x, grad = _channels_last(x), _channels_last(grad)
+    out = _weight_gradient_fake(x, grad, size)
     native.extension().depthwise_weight_gradient_cpu(
         x=x.data_ptr(),
         grad=grad.data_ptr(),
@@ -101,14 +106,29 @@ def _depthwise_weight_gradient(x: Tensor, grad: Tensor, size: int) -> Tensor:
     return out
 
 
-@_depthwise_weight_gradient.register_fake
-def _depthwise_weight_gradient_fake(x: Tensor, grad: Tensor, size: int) -> Tensor:
+def _weight_gradient_fake(x: Tensor, grad: Tensor, size: int) -> Tensor:
     return x.new_empty((size * size + 1, x.shape[1]), dtype=torch.float32)
 
 
+_depthwise_weight_gradient = operation(
+    "depthwise_weight_gradient", _run_weight_gradient, _weight_gradient_fake, "cpu"
+)
+_depthwise = operation(
+    "depthwise_conv2d",
+    _run_depthwise,
+    _depthwise_fake,
+    "cpu",
+    Autograd(_setup_depthwise, _depthwise_autograd),
+)
+
+
 def _depthwise_conv2d_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor | None) -> Tensor:
-    y = _DepthwiseCPU.apply(x.contiguous(memory_format=torch.channels_last), weight, bias)
+    y = _depthwise(x, weight, bias)
     return y if noise is None else y + noise.to(x.dtype)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _why_not_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor | None) -> str | None:

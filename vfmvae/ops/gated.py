@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vfmvae.ops import native
 from vfmvae.ops.dispatch import Fused, Implementation, Op
+from vfmvae.ops.operation import Autograd, operation
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,8 +42,7 @@ def geglu_reference(gate: Tensor, value: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * value
 
 
-@torch.library.custom_op("vfmvae::geglu", mutates_args=(), device_types=("cpu", "cuda"))
-def _geglu_triton(gate: Tensor, value: Tensor) -> Tensor:
+def _run(gate: Tensor, value: Tensor) -> Tensor:
     from vfmvae.kernels.gated import geglu_fwd
 
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -50,13 +50,11 @@ def _geglu_triton(gate: Tensor, value: Tensor) -> Tensor:
     return out
 
 
-@_geglu_triton.register_fake
-def _(gate: Tensor, value: Tensor) -> Tensor:
+def _fake(gate: Tensor, value: Tensor) -> Tensor:
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-@torch.library.custom_op("vfmvae::geglu_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _geglu_backward(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _run_backward(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     from vfmvae.kernels.gated import geglu_bwd
 
     grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -65,8 +63,7 @@ def _geglu_backward(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, 
     return grad_gate, grad_value
 
 
-@_geglu_backward.register_fake
-def _(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _backward_fake(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     empty = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     return empty, torch.empty_like(empty)
 
@@ -79,7 +76,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return _geglu_backward(grad, *ctx.saved_tensors)
 
 
-_geglu_triton.register_autograd(_backward, setup_context=_setup)
+_DEVICES = ("cpu", "cuda")
+_geglu_backward = operation("geglu_backward", _run_backward, _backward_fake, _DEVICES)
+_geglu_triton = operation("geglu", _run, _fake, _DEVICES, Autograd(_setup, _backward))
 
 
 def _why_not_triton(gate: Tensor, value: Tensor) -> str | None:

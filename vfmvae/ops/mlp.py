@@ -11,9 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vfmvae.ops import mlp_cpu
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 
 DEMODULATION_EPS = 1e-8
+
+
+def demodulation(style: Tensor, weight: Tensor) -> Tensor:
+    """What brings each output of weight [E, C], its inputs scaled by style [B, C], to unit norm: [B, E]."""
+    return (F.linear(style.square(), weight.square()) + DEMODULATION_EPS).rsqrt()
 
 
 def modulated_mlp(
@@ -59,19 +65,28 @@ def _modulated_mlp_gemm(
     residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor
 ) -> Tensor:
     batch, channels, height, width = x.shape
-    demodulation = (F.linear(style.square(), w1.square()) + DEMODULATION_EPS).rsqrt()  # [B, E]
+    scale = demodulation(style, w1)
     # Layer scale folds into the second weight: one pass over the output less.
     contract = (w2 * gamma[:, None]).to(x.dtype)
     contract_bias = (b2 * gamma).to(x.dtype)
     tokens = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
     if height * width >= channels:  # building B small weights costs less than two passes over the activations
-        weight = demodulation[:, :, None] * w1 * style[:, None, :]
+        weight = scale[:, :, None] * w1 * style[:, None, :]
         hidden = torch.baddbmm(b1.to(x.dtype), tokens, weight.to(x.dtype).transpose(1, 2))
     else:
         scaled = F.linear(tokens * style[:, None, :].to(x.dtype), w1.to(x.dtype))
-        hidden = torch.addcmul(b1.to(x.dtype), scaled, demodulation[:, None, :].to(x.dtype))
+        hidden = torch.addcmul(b1.to(x.dtype), scaled, scale[:, None, :].to(x.dtype))
     y = F.linear(F.gelu(hidden), contract, contract_bias)  # [B, HW, C]
     return residual + y.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _modulated_mlp_compiled(
+    residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor
+) -> Tensor:
+    # Autograd takes the gradients of style and gamma through these small tensors.
+    return mlp_cpu.modulated_mlp(
+        residual, x, style, demodulation(style, w1), w1, b1, w2 * gamma[:, None], b2 * gamma
+    )
 
 
 def modulated_to_rgb(
@@ -113,7 +128,12 @@ def _grouped_conv1x1(x: Tensor, weight: Tensor) -> Tensor:
 
 
 _MODULATED_MLP = Op(
-    "modulated_mlp", modulated_mlp_reference, (Implementation("gemm", _modulated_mlp_gemm, always),)
+    "modulated_mlp",
+    modulated_mlp_reference,
+    (
+        Implementation("cpu", _modulated_mlp_compiled, mlp_cpu.why_not),
+        Implementation("gemm", _modulated_mlp_gemm, always),
+    ),
 )
 _MODULATED_TO_RGB = Op(
     "modulated_to_rgb", modulated_to_rgb_reference, (Implementation("gemm", _modulated_to_rgb_gemm, always),)

@@ -28,6 +28,12 @@ def why_no_cpu_code(x: Tensor) -> str | None:
     return _cpu_objection(x.device.type)
 
 
+@torch.compiler.assume_constant_result
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies matrices of bfloat16 faster than those of float32 (AVX512-BF16)."""
+    return _not_built() is None and extension().cpu_multiplies_bfloat16()
+
+
 def why_no_cuda_code(x: Tensor) -> str | None:
     """Why the extension's CUDA code cannot take x, or None."""
     return _cuda_objection(x.device.type, x.device.index)

@@ -6,13 +6,15 @@ Shapes: x [B, C, H, W]. Results are in x.dtype; statistics are accumulated in fl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vfmvae.ops import native
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
+from vfmvae.ops.operation import Autograd, operation
 
 Activation = Literal["leaky_relu", "gelu", "silu"]
 
@@ -90,6 +92,106 @@ def _group_means(x: Tensor, groups: int) -> Tensor:
     return shift.reshape(batch, channels, 1, 1).to(x.dtype)
 
 
+def _group_norm_compiled(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, activation: Activation | None
+) -> Tensor:
+    return _norm(x, weight, bias, groups, eps, activation or "none")[0]
+
+
+def _run_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, channels-last, and mean and 1 / sqrt(variance + eps) [B, groups] in float32."""
+    out, mean, rstd = _norm_fake(x, weight, bias, groups, eps, activation)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    native.extension().group_norm_cpu(
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=bias.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        out=out.data_ptr(),
+        eps=eps,
+        **_sizes(x, groups, activation),
+    )
+    return out, mean, rstd
+
+
+def _norm_fake(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = torch.empty((x.shape[0], groups), dtype=torch.float32, device=x.device)
+    return torch.empty_like(x, memory_format=torch.channels_last), mean, torch.empty_like(mean)
+
+
+def _run_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, and of weight and bias in float32."""
+    grad_x, grad_weight, grad_bias = _norm_backward_fake(grad, x, weight, bias, mean, rstd, activation)
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad.to(x.dtype)))
+    weight, bias = weight.float().contiguous(), bias.float().contiguous()
+    native.extension().group_norm_backward_cpu(
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=bias.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        grad=grad.data_ptr(),
+        grad_x=grad_x.data_ptr(),
+        grad_weight=grad_weight.data_ptr(),
+        grad_bias=grad_bias.data_ptr(),
+        **_sizes(x, mean.shape[1], activation),
+    )
+    return grad_x, grad_weight, grad_bias
+
+
+def _norm_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_weight = torch.empty_like(weight, dtype=torch.float32)
+    return torch.empty_like(x, memory_format=torch.channels_last), of_weight, torch.empty_like(of_weight)
+
+
+def _sizes(x: Tensor, groups: int, activation: str) -> dict[str, Any]:
+    batch, channels, height, width = x.shape
+    return {
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "batch": batch,
+        "pixels": height * width,
+        "channels": channels,
+        "groups": groups,
+        "activation": activation,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, _, _, ctx.activation = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+
+
+def _norm_autograd(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    found = _norm_backward(grad, *ctx.saved_tensors, ctx.activation)
+    gradients = [g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)]
+    return (*gradients, None, None, None)
+
+
+_norm_backward = operation("group_norm_backward", _run_norm_backward, _norm_backward_fake, "cpu")
+_norm = operation("group_norm", _run_norm, _norm_fake, "cpu", Autograd(_setup_norm, _norm_autograd))
+
+
+def _why_not_compiled(x: Tensor, groups: int, *_: object) -> str | None:
+    del groups
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes float32 and bfloat16, not {x.dtype}"
+    if 0 in x.shape[2:]:
+        return "x has no pixels"
+    return native.why_no_cpu_code(x)
+
+
 def channel_rms_norm(x: Tensor, gamma: Tensor, *, fused: Fused = True) -> Tensor:
     """x / |x| * sqrt(C) * gamma with the norm over channels; x [B, C, H, W], gamma [C]."""
     return _CHANNEL_RMS_NORM(fused, x, gamma)
@@ -102,6 +204,11 @@ def channel_rms_norm_reference(x: Tensor, gamma: Tensor) -> Tensor:
 
 
 _GROUP_NORM = Op(
-    "group_norm", group_norm_reference, (Implementation("channels_last", _group_norm_torch, always),)
+    "group_norm",
+    group_norm_reference,
+    (
+        Implementation("cpu", _group_norm_compiled, _why_not_compiled),
+        Implementation("channels_last", _group_norm_torch, always),
+    ),
 )
 _CHANNEL_RMS_NORM = Op("channel_rms_norm", channel_rms_norm_reference)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vfmvae.ops import native
 from vfmvae.ops.dispatch import Fused, Implementation, Op
+from vfmvae.ops.operation import Autograd, operation
 
 BINOMIAL_ROWS = {1: (1.0,), 3: (1.0, 2.0, 1.0), 5: (1.0, 4.0, 6.0, 4.0, 1.0)}
 UPSCALES = (1, 2)
@@ -88,31 +89,27 @@ def _output_shape(x: Tensor, upscale: int) -> list[int]:
 # The two maps as operations that torch.compile and autograd know. Both are channels-last inside and out.
 
 
-@torch.library.custom_op("vfmvae::upsample_blur", mutates_args=(), device_types=("cpu", "cuda"))
-def _upsample_blur(x: Tensor, residual: Tensor | None, kernel_size: int, upscale: int) -> Tensor:
-    out = _upsample_blur_fake(x, residual, kernel_size, upscale)
+def _run(x: Tensor, residual: Tensor | None, kernel_size: int, upscale: int) -> Tensor:
+    out = _fake(x, residual, kernel_size, upscale)
     batch, _, height, width = x.shape
     size = (batch, height, width, out.shape[1])
     _launch(x, residual, out, size, kernel_size, upscale, adjoint=False)
     return out
 
 
-@_upsample_blur.register_fake
-def _upsample_blur_fake(x: Tensor, residual: Tensor | None, kernel_size: int, upscale: int) -> Tensor:
+def _fake(x: Tensor, residual: Tensor | None, kernel_size: int, upscale: int) -> Tensor:
     return _empty_channels_last(_output_shape(x, upscale), x)
 
 
-@torch.library.custom_op("vfmvae::upsample_blur_adjoint", mutates_args=(), device_types=("cpu", "cuda"))
-def _upsample_blur_adjoint(grad: Tensor, kernel_size: int, upscale: int) -> Tensor:
-    out = _upsample_blur_adjoint_fake(grad, kernel_size, upscale)
+def _run_adjoint(grad: Tensor, kernel_size: int, upscale: int) -> Tensor:
+    out = _adjoint_fake(grad, kernel_size, upscale)
     batch, _, height, width = out.shape
     size = (batch, height, width, grad.shape[1])
     _launch(grad, None, out, size, kernel_size, upscale, adjoint=True)
     return out
 
 
-@_upsample_blur_adjoint.register_fake
-def _upsample_blur_adjoint_fake(grad: Tensor, kernel_size: int, upscale: int) -> Tensor:
+def _adjoint_fake(grad: Tensor, kernel_size: int, upscale: int) -> Tensor:
     batch, channels, height, width = grad.shape
     shape = [batch, channels * upscale**2, height // upscale, width // upscale]
     return _empty_channels_last(shape, grad)
@@ -132,8 +129,11 @@ def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple:
     return _upsample_blur(grad, None, ctx.kernel_size, ctx.upscale), None, None
 
 
-_upsample_blur.register_autograd(_backward, setup_context=_setup)
-_upsample_blur_adjoint.register_autograd(_adjoint_backward, setup_context=_setup)
+_DEVICES = ("cpu", "cuda")
+_upsample_blur = operation("upsample_blur", _run, _fake, _DEVICES, Autograd(_setup, _backward))
+_upsample_blur_adjoint = operation(
+    "upsample_blur_adjoint", _run_adjoint, _adjoint_fake, _DEVICES, Autograd(_setup, _adjoint_backward)
+)
 
 
 def _empty_channels_last(shape: list[int], like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from vfmvae import ops
 from vfmvae.losses.alignment import gradient_ratio
 from vfmvae.losses.reconstruction import l1_loss, l2_loss, multiscale_l1_loss, ssim_loss
 from vfmvae.tokenizer import DiscretePosterior, Posterior, Tokenizer
@@ -92,7 +93,8 @@ def decoder_backward(
     """
     at_leaf = None
     if measure and adversarial is not None:
-        (at_leaf,) = torch.autograd.grad(output.images, output.leaf, reconstruction, retain_graph=True)
+        with ops.input_gradients_only():
+            (at_leaf,) = torch.autograd.grad(output.images, output.leaf, reconstruction, retain_graph=True)
     total = list(reconstruction)
     if adversarial is not None:
         total[0] = total[0] + adversarial
