@@ -23,7 +23,7 @@ from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.parts import part_modules, set_trained
 from vfmvae.training.adversary import TERMS_OF, Adversary, PatchAdversary, ProjectedAdversary
 from vfmvae.training.companion import Companion
-from vfmvae.training.device import compute_dtype, pick_device, set_precision
+from vfmvae.training.device import compute_dtype, keep_freed_memory, pick_device, set_precision
 from vfmvae.training.distributed import mean_over_ranks, rank, world_size
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.ema import EMA, ema_beta
@@ -81,6 +81,8 @@ class Job:
         self.part_size = self._part_size()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         set_precision(deterministic=config.engine.deterministic)
         resolution = config.tokenizer.resolution
         self.data = open_data(config.data, "train", resolution, config.seed)

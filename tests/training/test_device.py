@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import warnings
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers import run_python
 from vfmvae.training.device import compute_dtype, pick_device, set_precision
 
 
@@ -97,3 +99,23 @@ def test_products_and_convolutions_on_a_gpu_are_exact_to_float32() -> None:
     x, weight = torch.randn(2, 64, 32, 32, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
     exact = F.conv2d(x.double(), weight.double())
     assert (F.conv2d(x, weight) - exact).norm() / exact.norm() < 1e-6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_used_again() -> None:
+    # Pages that the system hands out are counted as faults, in a process of its own.
+    program = """
+import resource, torch
+from vfmvae.training.device import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.empty(40 << 18).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given_back = faults()
+assert keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+    given_back, kept = map(int, run_python("-c", program).split()[-2:])
+    assert kept < given_back / 10

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 
 import torch
 
@@ -65,3 +67,15 @@ def set_precision(*, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # That also fills fresh memory with NaN, which finds reads of it but costs a pass over every result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep memory that it frees, for the next tensor of a step; whether that is possible.
+
+    glibc returns large blocks to the system at once, and the system clears every page before it hands it out
+    again: on a CPU that may take longer than computing what the page holds. Other C libraries are left alone.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
