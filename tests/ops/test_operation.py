@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vfmvae import ops
+from vfmvae.ops.gradients import weight_gradients_wanted
+from vfmvae.ops.operation import Autograd, operation
+
+RUNS: list[type] = []
+
+
+def run(x: Tensor, factor: float) -> Tensor:
+    RUNS.append(type(x))
+    return x * factor
+
+
+def fake(x: Tensor, factor: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.factor = inputs[1]
+
+
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (times(grad, ctx.factor) if weight_gradients_wanted() else None), None
+
+
+times = operation("times_for_tests", run, fake, ("cpu", "cuda"), Autograd(setup, backward))
+
+
+def test_eager_and_registered_operation_are_the_same_function() -> None:
+    x = torch.randn(3, requires_grad=True)
+    eager, registered = times(x, 2.0), torch.ops.vfmvae.times_for_tests(x, 2.0)
+    for y in (eager, registered):
+        assert torch.equal(y, 2 * x)
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        assert torch.equal(first, torch.full((3,), 2.0))
+    torch.library.opcheck(torch.ops.vfmvae.times_for_tests.default, (x, 3.0))
+
+
+def test_the_backward_can_be_differentiated_where_it_is_made_of_operations() -> None:
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: times(x, 2.0), x)
+
+
+def test_compiling_sees_one_node() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def remember(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda x: times(x, 2.0) + 1, backend=remember, fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 3.0))
+    calls = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert [call for call in calls if "times_for_tests" in call] == ["vfmvae.times_for_tests.default"]
+
+
+def test_tensors_without_memory_do_not_reach_the_compiled_code() -> None:
+    RUNS.clear()
+    with FakeTensorMode():
+        assert times(torch.empty(4, 5), 2.0).shape == (4, 5)
+    assert RUNS == []
+
+
+def test_gradients_of_inputs_only_holds_within_and_ends_with_an_error() -> None:
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(KeyError), ops.input_gradients_only():
+        (found,) = torch.autograd.grad(times(x, 2.0).sum(), x, allow_unused=True)
+        assert found is None
+        raise KeyError
+    assert weight_gradients_wanted()
+    assert torch.autograd.grad(times(x, 2.0).sum(), x)[0] is not None
