@@ -20,8 +20,8 @@
 namespace vfmvae {
 namespace {
 
-constexpr int64_t kTileFloats = 1 << 12;
-constexpr int64_t kLeastTilePixels = 8;
+constexpr int64_t kTileFloats = 1 << 12;  // few, as sums within a tile lose digits one by one
+constexpr int64_t kLeastTilePixels = 32;
 constexpr int64_t kFloatsPerThread = 1 << 16;  // below this, starting a thread costs more than it brings
 
 enum Activation { kNone, kLeakyRelu, kGelu, kSilu };
@@ -44,18 +44,38 @@ struct Problem {
   }
 };
 
-// LANES channels of a pixel; beyond the last channel there are zeros, and nothing is stored.
-template <int LANES, typename T>
+// VECTORS times LANES neighbouring channels, which a loop over pixels takes at once: whole cache lines, and
+// sums that do not wait for each other. Where the vectors are few, several pixels go side by side.
+template <int VECTORS_, bool WHOLE_>
+struct Block {
+  static constexpr int VECTORS = VECTORS_;
+  static constexpr bool WHOLE = WHOLE_;  // else fewer than LANES channels
+  static constexpr int PIXELS = 4 / VECTORS;
+};
+
+// Calls body(Block, first channel, how many there are in each vector) for all channels.
+template <int LANES, int MOST_VECTORS, typename Body>
+VFMVAE_INLINE void for_channels(int64_t channels, const Body& body) {
+  int64_t c = 0;
+  if (MOST_VECTORS >= 4)
+    for (; c + 4 * LANES <= channels; c += 4 * LANES) body(Block<4, true>{}, c, LANES);
+  for (; c + 2 * LANES <= channels; c += 2 * LANES) body(Block<2, true>{}, c, LANES);
+  for (; c + LANES <= channels; c += LANES) body(Block<1, true>{}, c, LANES);
+  if (c < channels) body(Block<1, false>{}, c, channels - c);
+}
+
+// One vector; beyond the last channel there are zeros, and nothing is stored.
+template <int LANES, bool WHOLE, typename T>
 VFMVAE_INLINE void get(const T* source, int64_t count, Floats<LANES>* value) {
-  if (count == LANES) {
+  if (WHOLE) {
     load<LANES>(source, value);
   } else {
     load_some<LANES>(source, count, value);
   }
 }
-template <int LANES, typename T>
+template <int LANES, bool WHOLE, typename T>
 VFMVAE_INLINE void put(const Floats<LANES>& value, int64_t count, T* target) {
-  if (count == LANES) {
+  if (WHOLE) {
     store<LANES>(value, target);
   } else {
     store_some<LANES>(value, count, target);
@@ -98,29 +118,67 @@ VFMVAE_INLINE void through_activation(const Floats<LANES>& z, Floats<LANES>* gra
   }
 }
 
+// Calls body(pixel, chain) for all pixels, with the chains 0 to PIXELS - 1 in turn.
+template <int PIXELS, typename Body>
+VFMVAE_INLINE void for_pixels(int64_t pixels, const Body& body) {
+  int64_t p = 0;
+  for (; p + PIXELS <= pixels; p += PIXELS) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < PIXELS; ++chain) body(p + chain, chain);
+  }
+  for (; p < pixels; ++p) body(p, 0);
+}
+
+// The sum over the chains.
+template <int LANES, int PIXELS>
+VFMVAE_INLINE void total(const Floats<LANES>* chains, Floats<LANES>* sum) {
+  *sum = chains[0];
+#pragma GCC unroll 4
+  for (int chain = 1; chain < PIXELS; ++chain) *sum += chains[chain];
+}
+
 // Mean and sum of squared deviations of every channel over the pixels of a tile.
 template <typename T>
 struct TileStatistics {
   template <int LANES>
   static VFMVAE_INLINE void run(const T* x, int64_t pixels, int64_t channels, float* mean, float* squares) {
     const float share = 1.0f / static_cast<float>(pixels);
-    for (int64_t c = 0; c < channels; c += LANES) {
-      const int64_t count = std::min<int64_t>(LANES, channels - c);
-      Floats<LANES> value, sum = {}, rest = {}, of_squares = {};
-      for (int64_t p = 0; p < pixels; ++p) {
-        get<LANES>(x + p * channels + c, count, &value);
-        sum += value;
+    for_channels<LANES, 4>(channels, [&](auto block, int64_t c, int64_t count) VFMVAE_INLINE_BODY {
+      using B = decltype(block);
+      Floats<LANES> sums[B::VECTORS][B::PIXELS] = {}, averages[B::VECTORS];
+      for_pixels<B::PIXELS>(pixels, [&](int64_t p, int chain) VFMVAE_INLINE_BODY {
+#pragma GCC unroll 4
+        for (int v = 0; v < B::VECTORS; ++v) {
+          Floats<LANES> value;
+          get<LANES, B::WHOLE>(x + p * channels + c + v * LANES, count, &value);
+          sums[v][chain] += value;
+        }
+      });
+#pragma GCC unroll 4
+      for (int v = 0; v < B::VECTORS; ++v) {
+        total<LANES, B::PIXELS>(sums[v], &averages[v]);
+        averages[v] *= share;
       }
-      sum *= share;
-      for (int64_t p = 0; p < pixels; ++p) {
-        get<LANES>(x + p * channels + c, count, &value);
-        value -= sum;
-        rest += value;  // what rounding has left out of the mean
-        of_squares += value * value;
+      Floats<LANES> rests[B::VECTORS][B::PIXELS] = {}, of_squares[B::VECTORS][B::PIXELS] = {};
+      for_pixels<B::PIXELS>(pixels, [&](int64_t p, int chain) VFMVAE_INLINE_BODY {
+#pragma GCC unroll 4
+        for (int v = 0; v < B::VECTORS; ++v) {
+          Floats<LANES> value;
+          get<LANES, B::WHOLE>(x + p * channels + c + v * LANES, count, &value);
+          value -= averages[v];
+          rests[v][chain] += value;  // what rounding has left out of the mean
+          of_squares[v][chain] += value * value;
+        }
+      });
+#pragma GCC unroll 4
+      for (int v = 0; v < B::VECTORS; ++v) {
+        Floats<LANES> rest, all;
+        total<LANES, B::PIXELS>(rests[v], &rest);
+        total<LANES, B::PIXELS>(of_squares[v], &all);
+        put<LANES, B::WHOLE>(averages[v] + rest * share, count, mean + c + v * LANES);
+        put<LANES, B::WHOLE>(all - rest * rest * share, count, squares + c + v * LANES);
       }
-      put<LANES>(sum + rest * share, count, mean + c);
-      put<LANES>(of_squares - rest * rest * share, count, squares + c);
-    }
+    });
   }
 };
 
@@ -132,14 +190,15 @@ struct Channels {
 
 // The channels of one vector, and what was normalised with what.
 template <int LANES>
-struct Vectors {
+struct Normed {
   Floats<LANES> mean, rstd, weight, bias;
 
-  VFMVAE_INLINE Vectors(const Channels& of, int64_t c, int64_t count) {
-    get<LANES>(of.mean + c, count, &mean);
-    get<LANES>(of.rstd + c, count, &rstd);
-    get<LANES>(of.weight + c, count, &weight);
-    get<LANES>(of.bias + c, count, &bias);
+  template <bool WHOLE>
+  VFMVAE_INLINE void read(const Channels& of, int64_t c, int64_t count) {
+    get<LANES, WHOLE>(of.mean + c, count, &mean);
+    get<LANES, WHOLE>(of.rstd + c, count, &rstd);
+    get<LANES, WHOLE>(of.weight + c, count, &weight);
+    get<LANES, WHOLE>(of.bias + c, count, &bias);
   }
 };
 
@@ -147,18 +206,26 @@ template <typename T, int ACTIVATION>
 struct ApplyTile {
   template <int LANES>
   static VFMVAE_INLINE void run(const T* x, int64_t pixels, int64_t channels, const Channels& of, T* out) {
-    for (int64_t c = 0; c < channels; c += LANES) {
-      const int64_t count = std::min<int64_t>(LANES, channels - c);
-      const Vectors<LANES> v(of, c, count);
-      const Floats<LANES> scale = v.rstd * v.weight;
-      Floats<LANES> value;
-      for (int64_t p = 0; p < pixels; ++p) {
-        get<LANES>(x + p * channels + c, count, &value);
-        value = (value - v.mean) * scale + v.bias;
-        activate<LANES, ACTIVATION>(&value);
-        put<LANES>(value, count, out + p * channels + c);
+    for_channels<LANES, 4>(channels, [&](auto block, int64_t c, int64_t count) VFMVAE_INLINE_BODY {
+      using B = decltype(block);
+      Normed<LANES> n[B::VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < B::VECTORS; ++v) {
+        n[v].template read<B::WHOLE>(of, c + v * LANES, count);
+        n[v].weight *= n[v].rstd;
       }
-    }
+      for (int64_t p = 0; p < pixels; ++p) {
+#pragma GCC unroll 4
+        for (int v = 0; v < B::VECTORS; ++v) {
+          const int64_t place = p * channels + c + v * LANES;
+          Floats<LANES> value;
+          get<LANES, B::WHOLE>(x + place, count, &value);
+          value = (value - n[v].mean) * n[v].weight + n[v].bias;
+          activate<LANES, ACTIVATION>(&value);
+          put<LANES, B::WHOLE>(value, count, out + place);
+        }
+      }
+    });
   }
 };
 
@@ -168,21 +235,34 @@ struct TileSums {
   template <int LANES>
   static VFMVAE_INLINE void run(const T* x, const T* grad, int64_t pixels, int64_t channels, const Channels& of,
                                 float* of_grad, float* of_product) {
-    for (int64_t c = 0; c < channels; c += LANES) {
-      const int64_t count = std::min<int64_t>(LANES, channels - c);
-      const Vectors<LANES> v(of, c, count);
-      Floats<LANES> value, dz, sum = {}, product = {};
-      for (int64_t p = 0; p < pixels; ++p) {
-        get<LANES>(x + p * channels + c, count, &value);
-        get<LANES>(grad + p * channels + c, count, &dz);
-        value = (value - v.mean) * v.rstd;
-        through_activation<LANES, ACTIVATION>(value * v.weight + v.bias, &dz);
-        sum += dz;
-        product += dz * value;
+    for_channels<LANES, 2>(channels, [&](auto block, int64_t c, int64_t count) VFMVAE_INLINE_BODY {
+      using B = decltype(block);
+      Normed<LANES> n[B::VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < B::VECTORS; ++v) n[v].template read<B::WHOLE>(of, c + v * LANES, count);
+      Floats<LANES> sums[B::VECTORS][B::PIXELS] = {}, products[B::VECTORS][B::PIXELS] = {};
+      for_pixels<B::PIXELS>(pixels, [&](int64_t p, int chain) VFMVAE_INLINE_BODY {
+#pragma GCC unroll 4
+        for (int v = 0; v < B::VECTORS; ++v) {
+          const int64_t place = p * channels + c + v * LANES;
+          Floats<LANES> value, dz;
+          get<LANES, B::WHOLE>(x + place, count, &value);
+          get<LANES, B::WHOLE>(grad + place, count, &dz);
+          value = (value - n[v].mean) * n[v].rstd;
+          through_activation<LANES, ACTIVATION>(value * n[v].weight + n[v].bias, &dz);
+          sums[v][chain] += dz;
+          products[v][chain] += dz * value;
+        }
+      });
+#pragma GCC unroll 4
+      for (int v = 0; v < B::VECTORS; ++v) {
+        Floats<LANES> sum, product;
+        total<LANES, B::PIXELS>(sums[v], &sum);
+        total<LANES, B::PIXELS>(products[v], &product);
+        put<LANES, B::WHOLE>(sum, count, of_grad + c + v * LANES);
+        put<LANES, B::WHOLE>(product, count, of_product + c + v * LANES);
       }
-      put<LANES>(sum, count, of_grad + c);
-      put<LANES>(product, count, of_product + c);
-    }
+    });
   }
 };
 
@@ -192,20 +272,30 @@ struct BackwardTile {
   template <int LANES>
   static VFMVAE_INLINE void run(const T* x, const T* grad, int64_t pixels, int64_t channels, const Channels& of,
                                 T* out) {
-    for (int64_t c = 0; c < channels; c += LANES) {
-      const int64_t count = std::min<int64_t>(LANES, channels - c);
-      const Vectors<LANES> v(of, c, count);
-      Floats<LANES> value, dz, of_grad, of_product;
-      get<LANES>(of.of_grad + c, count, &of_grad);
-      get<LANES>(of.of_product + c, count, &of_product);
-      for (int64_t p = 0; p < pixels; ++p) {
-        get<LANES>(x + p * channels + c, count, &value);
-        get<LANES>(grad + p * channels + c, count, &dz);
-        value = (value - v.mean) * v.rstd;
-        through_activation<LANES, ACTIVATION>(value * v.weight + v.bias, &dz);
-        put<LANES>(v.rstd * (v.weight * dz - of_grad - value * of_product), count, out + p * channels + c);
+    for_channels<LANES, 2>(channels, [&](auto block, int64_t c, int64_t count) VFMVAE_INLINE_BODY {
+      using B = decltype(block);
+      Normed<LANES> n[B::VECTORS];
+      Floats<LANES> of_grad[B::VECTORS], of_product[B::VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < B::VECTORS; ++v) {
+        n[v].template read<B::WHOLE>(of, c + v * LANES, count);
+        get<LANES, B::WHOLE>(of.of_grad + c + v * LANES, count, &of_grad[v]);
+        get<LANES, B::WHOLE>(of.of_product + c + v * LANES, count, &of_product[v]);
       }
-    }
+      for (int64_t p = 0; p < pixels; ++p) {
+#pragma GCC unroll 4
+        for (int v = 0; v < B::VECTORS; ++v) {
+          const int64_t place = p * channels + c + v * LANES;
+          Floats<LANES> value, dz;
+          get<LANES, B::WHOLE>(x + place, count, &value);
+          get<LANES, B::WHOLE>(grad + place, count, &dz);
+          value = (value - n[v].mean) * n[v].rstd;
+          through_activation<LANES, ACTIVATION>(value * n[v].weight + n[v].bias, &dz);
+          put<LANES, B::WHOLE>(n[v].rstd * (n[v].weight * dz - of_grad[v] - value * of_product[v]), count,
+                               out + place);
+        }
+      }
+    });
   }
 };
 

@@ -12,6 +12,7 @@
 #include "spans.h"
 
 #define VFMVAE_INLINE inline __attribute__((always_inline))
+#define VFMVAE_INLINE_BODY __attribute__((always_inline))  // of a lambda, behind its parameters
 
 namespace vfmvae {
 

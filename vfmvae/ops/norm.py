@@ -183,12 +183,17 @@ _norm_backward = operation("group_norm_backward", _run_norm_backward, _norm_back
 _norm = operation("group_norm", _run_norm, _norm_fake, "cpu", Autograd(_setup_norm, _norm_autograd))
 
 
-def _why_not_compiled(x: Tensor, groups: int, *_: object) -> str | None:
-    del groups
+MOST_CHANNELS = {torch.float32: 128, torch.bfloat16: 256}
+"""Of the compiled form: with more, PyTorch's is as fast or faster (measured in docs/performance.md)."""
+
+
+def _why_not_compiled(x: Tensor, *_: object) -> str | None:
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {x.dtype}"
     if 0 in x.shape[2:]:
         return "x has no pixels"
+    if x.shape[1] > MOST_CHANNELS[x.dtype]:
+        return f"it is slower from {MOST_CHANNELS[x.dtype] + 1} channels on, and there are {x.shape[1]}"
     return native.why_no_cpu_code(x)
 
 
