@@ -20,6 +20,7 @@ from tests.tiny_runs import (
 )
 from tests.whole_runs import DECODER, small_parts, three_stages
 from vfmvae.config import TrainConfig
+from vfmvae.data.transforms import CropConfig
 from vfmvae.tokenizer import BottleneckConfig
 from vfmvae.train_job import Job
 from vfmvae.train_step import training_step
@@ -130,6 +131,19 @@ def test_preservation_holds_the_latents_of_the_stages_beginning() -> None:
     (result,) = steps(ready, 1)
     assert "preservation" not in result.losses and ready.snapshot is None
     assert "snapshot" not in ready.state.modules
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_stage_sees_its_own_crops(workers: int) -> None:
+    whole = CropConfig(side=(1.0, 1.0), flip=0.0)
+    stages = (stage(PLAIN, name="a", images=12), stage(PLAIN, name="b", images=8, crops=whole))
+    ready = built(*stages, batch_size=4, workers=workers, engine=EngineConfig(accumulate=2))
+    batches = [torch.cat(parts) for parts in ready.batches(0)]
+    crops = [CropConfig()] * 3 + [whole] * 2
+    for number, (images, each) in enumerate(zip(batches, crops, strict=True)):
+        assert torch.equal(images, ready.data.batch(number, 4, each)["image"])
+    again = [torch.cat(parts) for parts in ready.batches(4)]
+    assert len(again) == 1 and torch.equal(again[0], batches[4])
 
 
 # Schedules

@@ -15,6 +15,7 @@ from torch import nn
 from tests.commands import save_image
 from tests.tiny_runs import job, stage, tiny
 from vfmvae.config import TrainConfig
+from vfmvae.data.transforms import CropConfig
 from vfmvae.recipes import RECIPES
 from vfmvae.tokenizer import BottleneckConfig
 from vfmvae.tokenizer.parts import set_trained
@@ -84,6 +85,12 @@ def test_schedules_and_absent_terms_are_said() -> None:
     discrete = replace(tiny().tokenizer, bottleneck=BottleneckConfig(kind="discrete", codebooks=2, codes=64))
     shown = description(tiny(stages=(stage(losses),), tokenizer=discrete))
     assert "kl" not in shown and "entropy 1" in shown and "quantization 1" in shown
+
+
+def test_crops_are_said_where_they_are_unusual() -> None:
+    large = stage(crops=CropConfig(side=(0.8, 1.0), flip=0.25))
+    assert "crops   0.8 to 1 of the short side, mirrored with 0.25\n" in description(tiny(stages=(large,)))
+    assert "crops" not in description(tiny(stages=(stage(),)))
 
 
 def test_the_data_is_looked_at(tmp_path: Path) -> None:

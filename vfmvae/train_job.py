@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vfmvae.config import TrainConfig
-from vfmvae.data import load_batches, open_data
+from vfmvae.data import Request, load_batches, open_data
 from vfmvae.discriminators import PatchDiscriminator, ProjectedDiscriminator
 from vfmvae.discriminators.blur import blur_sigma
 from vfmvae.discriminators.layers import group_count
@@ -315,13 +315,13 @@ class Job:
     def batches(self, start: int) -> Generator[list[Tensor], None, None]:
         """This process's images of every step from `start` on: one uint8 [b, 3, R, R] per part."""
         accumulate = self.config.engine.accumulate
-        numbers = [
-            (step * world_size() + rank()) * accumulate + part
+        requests = (
+            Request((step * world_size() + rank()) * accumulate + part, self.plan.stage_of(step).crops)
             for step in range(start, self.plan.steps)
             for part in range(accumulate)
-        ]
+        )
         pin = self.device.type == "cuda"
-        loaded = load_batches(self.data, self.part_size, numbers, self.config.workers, pin)
+        loaded = load_batches(self.data, self.part_size, requests, self.config.workers, pin)
         for first in loaded:
             parts = [first, *(next(loaded) for _ in range(accumulate - 1))]
             yield [images.to(self.device, non_blocking=True) for images in parts]

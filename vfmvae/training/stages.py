@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
+from vfmvae.data.transforms import CropConfig
 from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.serialization import check_fields
 from vfmvae.tokenizer.equivariance import EquivarianceConfig
@@ -107,6 +108,7 @@ class StageConfig:
     """Terms without one are on for the whole stage."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    crops: CropConfig = field(default_factory=CropConfig)
     equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
     blur_sigma: float = 0.0
     """Blur of what the discriminators see when the stage begins, in pixels."""
@@ -161,7 +163,7 @@ class StagePlan:
                 seen += stage.images
                 ends.append(round(steps * seen / total))
             self.lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-        self._images = [stage.images for stage in stages]
+        self._stages = tuple(stages)
 
     @property
     def steps(self) -> int:
@@ -177,10 +179,14 @@ class StagePlan:
             left -= length
         raise ValueError(f"step {step} lies beyond the {self.steps} of this run")
 
+    def stage_of(self, step: int) -> StageConfig:
+        """The stage that update number `step` lies in."""
+        return self._stages[self.locate(step).stage]
+
     def progress(self, place: Place) -> float:
         """The share of its stage that is done in the middle of an update."""
         return (place.step + 0.5) / self.lengths[place.stage]
 
     def stage_images(self, place: Place) -> int:
         """Images of its stage before an update, on the scale that the stage's configuration uses."""
-        return round(self._images[place.stage] * place.step / self.lengths[place.stage])
+        return round(self._stages[place.stage].images * place.step / self.lengths[place.stage])
