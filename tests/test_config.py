@@ -12,6 +12,7 @@ from vfmvae.config import PerceptualConfig, TrainConfig, check_same_run, read_co
 from vfmvae.recipes import demo
 from vfmvae.serialization import to_json
 from vfmvae.tokenizer.equivariance import EquivarianceConfig
+from vfmvae.training.ema import EmaConfig
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.guard import SafetyConfig
 from vfmvae.training.optim import OptimizerConfig
@@ -27,8 +28,8 @@ def test_reading_a_written_config_gives_an_equal_one(tmp_path: Path) -> None:
 
 def test_the_error_names_the_file_and_the_valid_fields(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text('{"ema": {"momentum": 0.9}}')
-    message = r"config\.json: unknown field 'momentum' in ema; valid fields: half_life_images, ramp_up"
+    file.write_text('{"stages": [{"ema": {"momentum": 0.9}}]}')
+    message = r"config\.json: unknown field 'momentum' in stages\[0\]\.ema; valid fields: half_life_images"
     with pytest.raises(ValueError, match=message):
         read_config(file)
 
@@ -105,7 +106,7 @@ def test_a_resumed_run_may_change_how_it_trains() -> None:
     moved = replace(config.tokenizer, encoder=replace(config.tokenizer.encoder, weights="/elsewhere"))
     first, second = config.stages
     slower = replace(first, optimizer=replace(first.optimizer, learning_rate=1e-5), images=99)
-    other_losses = replace(second, losses=replace(second.losses, kl=0.0))
+    other_losses = replace(second, losses=replace(second.losses, kl=0.0), ema=EmaConfig(half_life_images=0))
     changed = replace(
         config,
         tokenizer=moved,

@@ -24,6 +24,7 @@ from vfmvae.data.transforms import CropConfig
 from vfmvae.tokenizer import BottleneckConfig
 from vfmvae.train_job import Job
 from vfmvae.train_step import training_step
+from vfmvae.training.ema import EmaConfig
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.optim import OptimizerConfig
 from vfmvae.training.stages import LossWeights, StageConfig, TermSchedule
@@ -241,6 +242,23 @@ def test_the_average_follows_what_some_stage_trains() -> None:
     frozen = built(stage(PLAIN))
     assert not any(name.startswith("encoder.") for name in frozen.ema.state_dict())
     assert not any(name.startswith("modules.tokenizer.encoder.") for name in frozen.state.tensors())
+
+
+def test_every_stage_averages_as_it_says() -> None:
+    slow, follow = EmaConfig(half_life_images=4, ramp_up=None), EmaConfig(half_life_images=0)
+    stages = (("a", slow), ("b", follow), ("c", slow))
+    ready = built(*(stage(PLAIN, name=name, images=4, ema=ema) for name, ema in stages))
+    weight = ready.tokenizer.align.weight
+    for step in range(6):
+        before = ready.ema.state_dict()["align.weight"].clone()
+        steps(ready, 1)
+        average = ready.ema.state_dict()["align.weight"]
+        if step in (2, 3):
+            assert torch.equal(average, weight)
+        else:
+            expected = torch.lerp(before, weight.detach(), 1 - 0.5 ** (2 / 4))
+            torch.testing.assert_close(average, expected)
+            assert not torch.equal(average, weight)
 
 
 # No waiting

@@ -16,7 +16,6 @@ from vfmvae.serialization import check_fields, from_dict, read_json
 from vfmvae.tokenizer import TokenizerConfig
 from vfmvae.tokenizer.decoder import INPUT_STRIDE
 from vfmvae.tokenizer.equivariance import check_equivariance
-from vfmvae.training.ema import EmaConfig
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.guard import SafetyConfig
 from vfmvae.training.stages import StageConfig, StagePlan
@@ -40,7 +39,6 @@ class TrainConfig:
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     discriminator: ProjectedDiscriminatorConfig = field(default_factory=ProjectedDiscriminatorConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     log: LogConfig = field(default_factory=LogConfig)

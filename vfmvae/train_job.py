@@ -397,7 +397,7 @@ class Job:
     def average(self) -> None:
         """Move the averaged weights towards the present ones."""
         seen = self.state.step * self.config.batch_size
-        self.ema.update(ema_beta(self.config.ema, self.config.batch_size, seen))
+        self.ema.update(ema_beta(self.stage.ema, self.config.batch_size, seen))
 
     def skips_in_a_row(self) -> int:
         """How many of the last updates were skipped, with none in between that was not; waits."""

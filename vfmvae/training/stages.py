@@ -15,6 +15,7 @@ from vfmvae.data.transforms import CropConfig
 from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.serialization import check_fields
 from vfmvae.tokenizer.equivariance import EquivarianceConfig
+from vfmvae.training.ema import EmaConfig
 from vfmvae.training.optim import OptimizerConfig
 
 IMAGE_TERMS = ("l1", "l2", "multiscale_l1", "perceptual", "ssim")
@@ -108,6 +109,7 @@ class StageConfig:
     """Terms without one are on for the whole stage."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     crops: CropConfig = field(default_factory=CropConfig)
     equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
     blur_sigma: float = 0.0
