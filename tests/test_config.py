@@ -16,6 +16,7 @@ from vfmvae.training.ema import EmaConfig
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.guard import SafetyConfig
 from vfmvae.training.optim import OptimizerConfig
+from vfmvae.training.rates import PartRate
 from vfmvae.training.stages import LossWeights, StageConfig
 
 
@@ -101,11 +102,38 @@ def test_equivariance_scales_must_fit_the_resolution() -> None:
         replace(demo(), stages=(StageConfig(name="odd", equivariance=wrong),))
 
 
+def test_parts_and_their_rates_are_checked_in_every_stage() -> None:
+    first, second = demo().stages
+    for change, message in (
+        ({"trains": ("fusion", "decoder>99", "align")}, "no decoder block lies above 99 px"),
+        ({"rates": (PartRate("encoder", 0.1),)}, "rates has 'encoder', but encoder does not train"),
+    ):
+        with pytest.raises(ValueError, match=f"^stage 'sharpen': {message}"):
+            replace(demo(), stages=(first, replace(second, **change)))
+
+
+def test_shards_cannot_keep_an_encoders_gradients_apart() -> None:
+    first, second = demo().stages
+    stages = first, replace(second, trains=("encoder", *second.trains))
+    engine = EngineConfig(parallel="fsdp", accumulate=2)
+    with pytest.raises(
+        ValueError, match="'sharpen' trains 'encoder', so losses.adaptive_alignment cannot be"
+    ):
+        replace(demo(), stages=stages, engine=engine)
+    for fine in (replace(engine, accumulate=1), replace(engine, parallel="ddp")):
+        assert replace(demo(), stages=stages, engine=fine).engine == fine
+    assert replace(demo(), engine=engine).engine == engine
+    fixed = replace(second.losses, adaptive_alignment=False)
+    stages = first, replace(stages[1], losses=fixed)
+    assert replace(demo(), stages=stages, engine=engine).stages == stages
+
+
 def test_a_resumed_run_may_change_how_it_trains() -> None:
     config = demo()
     moved = replace(config.tokenizer, encoder=replace(config.tokenizer.encoder, weights="/elsewhere"))
     first, second = config.stages
     slower = replace(first, optimizer=replace(first.optimizer, learning_rate=1e-5), images=99)
+    slower = replace(slower, rates=(PartRate("decoder", 0.5),))
     other_losses = replace(second, losses=replace(second.losses, kl=0.0), ema=EmaConfig(half_life_images=0))
     changed = replace(
         config,
@@ -143,7 +171,7 @@ def test_a_resumed_run_may_not_change_what_it_trains(changes: dict[str, object],
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trains": ("decoder", "align")}, r"cannot change trains of its stage 'sharpen' from \('fusion',"),
+        ({"trains": ("fusion", "align")}, r"cannot change trains of its stage 'sharpen' from \('fusion',"),
         (
             {"optimizer": OptimizerConfig(kind="adamw", betas=(0.9, 0.99))},
             "optimizer.kind of its stage 'sharpen' from adam to adamw",
@@ -151,6 +179,10 @@ def test_a_resumed_run_may_not_change_what_it_trains(changes: dict[str, object],
         (
             {"optimizer": OptimizerConfig(betas=(0.9, 0.999))},
             r"optimizer.betas of its stage 'sharpen' from \(0.9, 0.99\) to \(0.9, 0.999\)",
+        ),
+        (
+            {"optimizer": OptimizerConfig(betas=(0.9, 0.99), implementation="apex")},
+            "optimizer.implementation of its stage 'sharpen' from torch to apex",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from tests.tiny_runs import (
     steps,
     tiny,
 )
-from tests.whole_runs import DECODER, small_parts, three_stages
+from tests.whole_runs import DECODER, EVERYTHING, small_parts, three_stages
 from vfmvae.config import TrainConfig
 from vfmvae.data.transforms import CropConfig
 from vfmvae.tokenizer import BottleneckConfig
@@ -27,6 +28,7 @@ from vfmvae.train_step import training_step
 from vfmvae.training.ema import EmaConfig
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.optim import OptimizerConfig
+from vfmvae.training.rates import PartRate
 from vfmvae.training.stages import LossWeights, StageConfig, TermSchedule
 
 PLAIN = LossWeights(alignment=0.5)
@@ -116,8 +118,8 @@ def test_every_stage_has_its_own_optimizers() -> None:
     assert ready.begin_step() == {"tokenizer": 2e-3, "discriminator_projected": 2e-3}
     for optimizer in (ready.optimizer, ready.adversaries[0].optimizer):
         assert isinstance(optimizer, torch.optim.AdamW)
-        (group,) = optimizer.param_groups
-        assert (group["betas"], group["weight_decay"]) == ((0.1, 0.2), 0.3)
+        for group in optimizer.param_groups:
+            assert (group["betas"], group["weight_decay"]) == ((0.1, 0.2), 0.3)
     assert ready.state.optimizers["projected"] is ready.adversaries[0].optimizer, "which checkpoints hold"
 
 
@@ -207,6 +209,23 @@ def test_rates_follow_their_stage() -> None:
         rates.append(ready.begin_step()["tokenizer"])
         assert {group["lr"] for group in ready.optimizer.param_groups} == {rates[-1]}
     assert rates == pytest.approx([0.25, 0.75, 0.8535534, 0.1464466, 1e-3, 1e-3])
+
+
+def test_parts_may_have_rates_of_their_own() -> None:
+    schedule = OptimizerConfig(learning_rate=1e-2, betas=(0.5, 0.9), eps=1e-3, warmup=0.5, schedule="cosine")
+    rates = (PartRate("encoder", 0.1), PartRate("decoder>32", 4.0))
+    alike = stage(PLAIN, images=8, trains=EVERYTHING, optimizer=schedule)
+    plain, ready = built(alike), built(replace(alike, rates=rates))
+    start = copies(ready.tokenizer)
+    (said,), (_,) = ([each.begin_step()] for each in (ready, plain))
+    assert said == pytest.approx({"tokenizer": 2.5e-3, "encoder": 2.5e-4, "decoder>32": 1e-2})
+    assert not any(json.loads(ready.state.record())["optimizers"]["tokenizer"]), "factors are no state"
+    steps(plain, 1), steps(ready, 1)
+    factors = {"encoder.": 0.1, "decoder.blocks.5.": 4.0}
+    for name, parameter in ready.tokenizer.named_parameters():
+        factor = next((f for prefix, f in factors.items() if name.startswith(prefix)), 1.0)
+        ours, theirs = parameter - start[name], plain.tokenizer.get_parameter(name) - start[name]
+        torch.testing.assert_close(ours, factor * theirs, rtol=1e-3, atol=2e-7, msg=name)
 
 
 # Options

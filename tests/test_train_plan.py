@@ -20,6 +20,7 @@ from vfmvae.recipes import RECIPES
 from vfmvae.tokenizer import BottleneckConfig
 from vfmvae.tokenizer.parts import set_trained
 from vfmvae.train_plan import describe, saved_bytes
+from vfmvae.training.rates import PartRate
 from vfmvae.training.stages import LossWeights, TermSchedule
 
 
@@ -91,6 +92,12 @@ def test_crops_are_said_where_they_are_unusual() -> None:
     large = stage(crops=CropConfig(side=(0.8, 1.0), flip=0.25))
     assert "crops   0.8 to 1 of the short side, mirrored with 0.25\n" in description(tiny(stages=(large,)))
     assert "crops" not in description(tiny(stages=(stage(),)))
+
+
+def test_rates_of_parts_are_said() -> None:
+    rates = (PartRate("style", 0.1), PartRate("decoder>32", 2.5))
+    assert "rates   style x 0.1, decoder>32 x 2.5\n" in description(tiny(stages=(stage(rates=rates),)))
+    assert "rates" not in description(tiny(stages=(stage(),)))
 
 
 def test_the_data_is_looked_at(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -31,7 +31,14 @@ from vfmvae.training.evaluation import HELD_OUT_IMAGES, Evaluation, evaluate
 from vfmvae.training.forward import Snapshot, TrainingForward
 from vfmvae.training.guard import BufferGuard, StepGuard
 from vfmvae.training.objective import AdaptiveWeight
-from vfmvae.training.optim import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
+from vfmvae.training.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    learning_rate,
+    next_optimizer,
+    set_learning_rate,
+)
+from vfmvae.training.rates import parameter_groups
 from vfmvae.training.regions import (
     compile_blocks,
     decoder_blocks,
@@ -49,18 +56,6 @@ def run_device(config: TrainConfig) -> torch.device:
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def _next_optimizer(
-    config: OptimizerConfig, parameters: Sequence[nn.Parameter], earlier: torch.optim.Optimizer | None
-) -> torch.optim.Optimizer:
-    """A stage's optimizer, with the moments that an earlier one of the same class has."""
-    optimizer = build_optimizer(config, parameters)
-    if earlier is not None and type(earlier) is type(optimizer):
-        for parameter in parameters:
-            if parameter in earlier.state:
-                optimizer.state[parameter] = earlier.state[parameter]
-    return optimizer
 
 
 class Job:
@@ -237,14 +232,13 @@ class Job:
         trained = set_trained(self.tokenizer, stage.trains)
         self.trained = list(trained.values())
         earlier = getattr(self, "optimizer", None)
-        self.optimizer = _next_optimizer(stage.optimizer, self.trained, earlier)
-        if stage.losses.alignment and stage.losses.adaptive_alignment:
-            self._check_adaptive(stage)
+        groups = parameter_groups(self.tokenizer, stage.trains, stage.rates)
+        self.optimizer = next_optimizer(stage.optimizer, self.trained, earlier, groups)
         self.playing = [
             a for a in self.adversaries if any(getattr(stage.losses, t) for t in TERMS_OF[a.name])
         ]
         for a in self.playing:
-            a.optimizer = _next_optimizer(stage.discriminator_optimizer, a.parameters, a.optimizer)
+            a.optimizer = next_optimizer(stage.discriminator_optimizer, a.parameters, a.optimizer)
             self.state.optimizers[a.name] = a.optimizer
         self.snapshot = Snapshot(self._copy()) if stage.losses.preservation else None
         self.state.optimizers["tokenizer"] = self.optimizer
@@ -264,20 +258,6 @@ class Job:
         copied = self._build_tokenizer(None)  # FSDP2 does not copy modules
         copied.load_state_dict(self.tokenizer.state_dict())
         return copied
-
-    def _check_adaptive(self, stage: StageConfig) -> None:
-        if not self.tokenizer.last_fusion_weight.requires_grad:
-            raise ValueError(
-                f"stage {stage.name!r} does not train 'fusion', so losses.adaptive_alignment has no gradient"
-                f" to compare; turn it off, or losses.alignment to 0"
-            )
-        parts = self.config.engine.accumulate
-        if self._sharded and parts > 1 and "encoder" in stage.trains:
-            raise ValueError(
-                f"stage {stage.name!r} trains 'encoder', so losses.adaptive_alignment cannot be measured with"
-                f" engine.accumulate {parts} and engine.parallel fsdp; use engine.accumulate 1 or"
-                f" engine.parallel ddp"
-            )
 
     def check_position(self, step: int, stage: int) -> None:
         """ValueError unless a run that did `step` updates, the last in `stage`, can go on by this plan."""
@@ -299,6 +279,7 @@ class Job:
         progress = self.plan.progress(place)
         rates = {"tokenizer": learning_rate(self.stage.optimizer, progress)}
         set_learning_rate(self.optimizer, rates["tokenizer"])
+        rates |= {rate.part: rate.factor * rates["tokenizer"] for rate in self.stage.rates}
         for adversary in self.playing:
             rate = learning_rate(self.stage.discriminator_optimizer, progress)
             set_learning_rate(adversary.optimizer, rate)

@@ -70,6 +70,8 @@ def losses(stage: StageConfig, config: TrainConfig) -> str:
 
 def unusual(stage: StageConfig) -> Iterator[str]:
     """What a stage has that most do not, a line each."""
+    if stage.rates:
+        yield f"rates   {', '.join(f'{rate.part} x {rate.factor:g}' for rate in stage.rates)}"
     if stage.crops != CropConfig():
         smallest, largest = stage.crops.side
         yield f"crops   {smallest:g} to {largest:g} of the short side, mirrored with {stage.crops.flip:g}"

@@ -9,6 +9,7 @@ from tests.tiny_runs import ALL_LOSSES, raise_layer_scales, stage, tiny
 from vfmvae.train_job import Job
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.optim import OptimizerConfig
+from vfmvae.training.rates import PartRate
 from vfmvae.training.stages import LossWeights, StageConfig, TermSchedule
 
 # No L1 and a low rate: signs that flip, and large steps, would enlarge rounding from step to step.
@@ -47,7 +48,8 @@ class Scenario:
         return built
 
 
-ALL_TRAINED = plain(replace(PLAIN, preservation=1.0), name="all", trains=WITH_ENCODER)
+RATES = (PartRate("encoder", 0.5), PartRate("decoder>16", 2.0))
+ALL_TRAINED = plain(replace(PLAIN, preservation=1.0), name="all", trains=WITH_ENCODER, rates=RATES)
 TWO_STAGES = (plain(name="frozen encoder"), ALL_TRAINED)
 LATE_ALIGNMENT = (plain(schedules=(TermSchedule(term="alignment", start=500),)),)
 LARGE_IMAGES = (plain(replace(PLAIN, alignment=0.0), trains=("decoder>16",)),)

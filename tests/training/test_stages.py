@@ -68,6 +68,10 @@ def test_terms_are_on_when_their_schedule_says_so() -> None:
         ({"images": 0}, "stage 'train': images is 0; it must be at least 1"),
         ({"trains": ()}, "stage 'train' trains nothing"),
         ({"losses": LossWeights(alignment=0.0)}, "trains 'align', which only losses.alignment reads"),
+        (
+            {"trains": ("align", "decoder")},
+            "stage 'train' does not train 'fusion', so losses.adaptive_alignment has no gradient",
+        ),
         ({"blur_sigma": -1.0}, "blur_sigma -1.0 and blur_images 0 must not be negative"),
     ],
 )

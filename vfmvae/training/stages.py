@@ -17,6 +17,7 @@ from vfmvae.serialization import check_fields
 from vfmvae.tokenizer.equivariance import EquivarianceConfig
 from vfmvae.training.ema import EmaConfig
 from vfmvae.training.optim import OptimizerConfig
+from vfmvae.training.rates import PartRate
 
 IMAGE_TERMS = ("l1", "l2", "multiscale_l1", "perceptual", "ssim")
 """Terms that compare the reconstruction with the image."""
@@ -108,6 +109,8 @@ class StageConfig:
     schedules: tuple[TermSchedule, ...] = ()
     """Terms without one are on for the whole stage."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rates: tuple[PartRate, ...] = ()
+    """Parts with a factor of the optimizer's learning rate; the others have it as it is."""
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     crops: CropConfig = field(default_factory=CropConfig)
@@ -125,6 +128,11 @@ class StageConfig:
             raise ValueError(f"stage {self.name!r}: images is {self.images}; it must be at least 1")
         if not self.trains:
             raise ValueError(f"stage {self.name!r} trains nothing; name at least one part in trains")
+        if self.losses.alignment and self.losses.adaptive_alignment and "fusion" not in self.trains:
+            raise ValueError(
+                f"stage {self.name!r} does not train 'fusion', so losses.adaptive_alignment has no gradient"
+                f" to compare; turn it off, or losses.alignment to 0"
+            )
         if "align" in self.trains and not self.losses.alignment:
             raise ValueError(
                 f"stage {self.name!r} trains 'align', which only losses.alignment reads; give that a weight"
