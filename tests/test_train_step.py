@@ -66,7 +66,7 @@ def test_cut_gradients_are_those_of_the_whole_loss(losses: LossWeights) -> None:
     part = first_part(built)
     expected = plain_gradients(built, part)
     output = forward(built, part, built.weights(), TOKENIZER)
-    generator_backward(built, part, output, built.weights(), 1, None)
+    generator_backward(built, part, output, built.weights(), None)
     found = {n: p.grad for n, p in built.tokenizer.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -80,7 +80,7 @@ def test_discriminators_learn_from_their_own_loss_alone() -> None:
     built = job()
     part = first_part(built)
     output = forward(built, part, built.weights(), TOKENIZER)
-    generator_backward(built, part, output, built.weights(), 1, None)
+    generator_backward(built, part, output, built.weights(), None)
     assert all(p.grad is None for a in built.adversaries for p in a.parameters)
 
 
@@ -131,6 +131,24 @@ def test_an_accumulated_batch_plays_the_same_game() -> None:
     for part, limit in (("tokenizer.", 5e-5), ("projected.", 5e-4), ("patch.", 5e-4)):
         ours, theirs_ = ({n: p for n, p in found.items() if n.startswith(part)} for found in (one, other))
         assert largest_difference(ours, theirs_) < limit, part
+
+
+@pytest.mark.parametrize("losses", [LossWeights(alignment=0.5), LossWeights(adversarial=0.3)])
+@pytest.mark.parametrize("share_forward", [True, False])
+def test_the_mean_style_moves_once_per_update(losses: LossWeights, share_forward: bool) -> None:
+    whole, parts = (
+        job(losses, batch_size=8, accumulate=count, share_forward=share_forward) for count in (1, 4)
+    )
+    seen: list[Tensor] = []
+    hook = whole.tokenizer.style.register_forward_hook(lambda _, __, style: seen.append(style.mean(dim=0)))
+    steps(whole, 1), steps(parts, 1)
+    hook.remove()
+    average = whole.tokenizer.style.average
+    torch.testing.assert_close(average, 0.005 * seen[-1].detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(parts.tokenizer.style.average, average, rtol=1e-5, atol=1e-8)
+    if not losses.adversarial:  # its batch norms see the parts
+        steps(whole, 2), steps(parts, 2)
+        torch.testing.assert_close(parts.tokenizer.style.average, average, rtol=1e-4, atol=1e-7)
 
 
 def test_an_adaptive_weight_is_kept_between_measurements() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vfmvae.images import to_unit
 from vfmvae.tokenizer.equivariance import EQUIVARIANCE_UNIFORMS, draw_equivariance
+from vfmvae.tokenizer.style import share_of_part
 from vfmvae.train_job import Job
 from vfmvae.training.adversary import Adversary
 from vfmvae.training.distributed import mean_over_ranks
@@ -53,6 +54,8 @@ class Part(NamedTuple):
 
     images: Tensor  # [b, 3, R, R] in [-1, 1]
     first: int  # its place in the global batch
+    number: int = 0  # among this process's parts
+    parts: int = 1  # how many these are
 
 
 def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float]) -> StepResult:
@@ -63,7 +66,10 @@ def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float
         weights: of the terms that are on in this step.
     """
     job.buffers.keep()
-    parts = [Part(to_unit(images), job.first_image(number)) for number, images in enumerate(batch)]
+    parts = [
+        Part(to_unit(images), job.first_image(number), number, len(batch))
+        for number, images in enumerate(batch)
+    ]
     shared = job.config.engine.share_forward and len(parts) == 1
     losses: dict[str, Tensor] = {}
     output = None
@@ -81,14 +87,21 @@ def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float
     return StepResult({**of_tokenizer, **losses}, skipped)
 
 
-def forward(job: Job, part: Part, weights: Mapping[str, float], stream: int) -> StepOutput:
-    """The tokenizer's forward of one part, with the draws of a stream."""
+def forward(
+    job: Job, part: Part, weights: Mapping[str, float], stream: int, average: bool = True
+) -> StepOutput:
+    """The tokenizer's forward of one part, with the draws of a stream.
+
+    `average`: the part counts in the running mean of the style, once in a step.
+    """
     draws = job.draws(part.first, stream)
     change = draw_equivariance(job.stage.equivariance, draws.shared(EQUIVARIANCE_UNIFORMS))
     side = round(part.images.shape[-1] * change.image_scale) // job.tokenizer.config.downsample
     noise = draws.normal((job.tokenizer.config.latent_channels, side, side))
     snapshot = job.snapshot if "preservation" in weights else None
-    return job.model(part.images, noise, change, "alignment" in weights, snapshot)
+    share = share_of_part(part.number, part.parts) if average else 0.0
+    with job.tokenizer.style.averaging(share):
+        return job.model(part.images, noise, change, "alignment" in weights, snapshot)
 
 
 @torch.no_grad()
@@ -100,7 +113,7 @@ def discriminator_images(
     Its draws are those of the tokenizer's forward, unless that is not to be shared.
     """
     stream = TOKENIZER if job.config.engine.share_forward else SECOND_FORWARD
-    outputs = [forward(job, part, {}, stream) for part in parts]
+    outputs = [forward(job, part, {}, stream, average=False) for part in parts]
     return [(output.images[0], output.targets) for output in outputs]
 
 
@@ -141,7 +154,7 @@ def generator_step(
         last = number == len(parts) - 1
         with job.reducing(job.model, last):
             result = forward(job, part, weights, TOKENIZER) if output is None else output
-            found.append(generator_backward(job, part, result, weights, len(parts), deferred))
+            found.append(generator_backward(job, part, result, weights, deferred))
             if last:
                 job.settle_unused()
     if deferred is not None:
@@ -174,14 +187,13 @@ def generator_backward(
     part: Part,
     output: StepOutput,
     weights: Mapping[str, float],
-    parts: int,
     deferred: DeferredAlignment | None,
 ) -> dict[str, Tensor]:
-    """Backward of one part's losses, of which the update takes the mean over `parts`; returns the losses.
+    """Backward of one part's losses, of which the update takes the mean over parts; returns the losses.
 
     With `deferred` the gradient of the alignment loss is kept apart: its weight depends on the other parts.
     """
-    scale = job.guard.scale / parts
+    scale = job.guard.scale / part.parts
     leaves = cut(output.images)
     of_images = image_losses(leaves, output.targets, weights, job.perceptual)
     at_images = gradients_at(leaves, weighted_sum(of_images, weights), scale)
