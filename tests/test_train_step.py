@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from vfmvae.images import to_unit
 from vfmvae.losses.alignment import adaptive_weight
 from vfmvae.train_job import Job
 from vfmvae.train_step import GENERATOR, TOKENIZER, Part, forward, generator_backward, training_step
+from vfmvae.training.adversary import ProjectedAdversary
 from vfmvae.training.companion import CompanionLosses
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.objective import image_losses, latent_losses
@@ -131,6 +134,27 @@ def test_an_accumulated_batch_plays_the_same_game() -> None:
     for part, limit in (("tokenizer.", 5e-5), ("projected.", 5e-4), ("patch.", 5e-4)):
         ours, theirs_ = ({n: p for n, p in found.items() if n.startswith(part)} for found in (one, other))
         assert largest_difference(ours, theirs_) < limit, part
+
+
+@pytest.mark.parametrize("engine", [{}, {"accumulate": 2}, {"share_forward": False}])
+def test_spectral_norms_are_iterated_three_times_per_step(engine: dict[str, Any]) -> None:
+    # In the published step the passes iterate: real and generated images, then the tokenizer's.
+    built = job(LossWeights(alignment=0.5, adversarial=0.3), **engine)
+    (adversary,) = built.adversaries
+    assert isinstance(adversary.game, ProjectedAdversary)
+    discriminator = adversary.game.discriminator
+    for _ in range(2):
+        by_hand = copy.deepcopy(discriminator)
+        steps(built, 1)
+        for _ in range(2):
+            by_hand.iterate_spectral_norms()
+        updated = dict(discriminator.named_parameters())
+        for name, parameter in by_hand.named_parameters():
+            parameter.data.copy_(updated[name])
+        by_hand.iterate_spectral_norms()
+        found = dict(discriminator.named_buffers())
+        for name, expected in by_hand.named_buffers():
+            assert torch.equal(found[name], expected), name
 
 
 @pytest.mark.parametrize("losses", [LossWeights(alignment=0.5), LossWeights(adversarial=0.3)])

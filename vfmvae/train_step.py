@@ -147,6 +147,8 @@ def generator_step(
     """
     for optimizer in (job.optimizer, *(c.optimizer for c in job.companions)):
         optimizer.zero_grad(set_to_none=True)
+    for adversary in job.playing:
+        adversary.game.follow()
     measured = "alignment" in weights and job.measures_alignment()
     deferred = DeferredAlignment(job.tokenizer) if measured and len(parts) > 1 else None
     found = []
