@@ -112,7 +112,7 @@ def test_parts_and_their_rates_are_checked_in_every_stage() -> None:
             replace(demo(), stages=(first, replace(second, **change)))
 
 
-def test_shards_cannot_keep_an_encoders_gradients_apart() -> None:
+def test_shards_cannot_keep_gradients_apart() -> None:
     first, second = demo().stages
     stages = first, replace(second, trains=("encoder", *second.trains))
     engine = EngineConfig(parallel="fsdp", accumulate=2)
@@ -123,6 +123,11 @@ def test_shards_cannot_keep_an_encoders_gradients_apart() -> None:
     for fine in (replace(engine, accumulate=1), replace(engine, parallel="ddp")):
         assert replace(demo(), stages=stages, engine=fine).engine == fine
     assert replace(demo(), engine=engine).engine == engine
+    adaptive = replace(second.losses, adaptive_adversarial=True)
+    with pytest.raises(
+        ValueError, match="'sharpen' has losses.adaptive_adversarial, which cannot be measured"
+    ):
+        replace(demo(), stages=(first, replace(second, losses=adaptive)), engine=engine)
     fixed = replace(second.losses, adaptive_alignment=False)
     stages = first, replace(stages[1], losses=fixed)
     assert replace(demo(), stages=stages, engine=engine).stages == stages

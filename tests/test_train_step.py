@@ -15,12 +15,15 @@ from vfmvae.images import to_unit
 from vfmvae.losses.alignment import adaptive_weight
 from vfmvae.train_job import Job
 from vfmvae.train_step import GENERATOR, TOKENIZER, Part, forward, generator_backward, training_step
+from vfmvae.training.adaptive import BALANCED_TERMS
 from vfmvae.training.adversary import ProjectedAdversary
 from vfmvae.training.companion import CompanionLosses
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.objective import image_losses, latent_losses
 from vfmvae.training.optim import OptimizerConfig
 from vfmvae.training.stages import LossWeights
+
+ADAPTIVE = replace(ALL_LOSSES, adaptive_adversarial=True)
 
 
 def first_part(built: Job) -> Part:
@@ -41,9 +44,14 @@ def plain_gradients(built: Job, part: Part) -> dict[str, Tensor]:
     draws, adversarial = built.draws(0, GENERATOR), {}
     for adversary in built.playing:
         adversarial |= adversary.game.generator_losses(decoded, output.targets, draws, 0.0, weights)
-    others = {**adversarial, **latent_losses(output, weights)}
     reconstruction = sum(weights[name] * loss for name, loss in of_images.items())
-    total = reconstruction + sum(weights[name] * loss for name, loss in others.items())
+    total = reconstruction
+    if built.stage.losses.adaptive_adversarial:
+        balanced = sum(weights[n] * adversarial.pop(n) for n in BALANCED_TERMS)
+        ratio = adaptive_weight(reconstruction, balanced, tokenizer.last_decoder_weight, 1e4)
+        total = total + ratio * balanced
+    others = {**adversarial, **latent_losses(output, weights)}
+    total = total + sum(weights[name] * loss for name, loss in others.items())
     if "alignment" in weights:
         alignment = tokenizer.alignment_loss(output.latents, output.features)
         factor = weights["alignment"]
@@ -58,6 +66,8 @@ def plain_gradients(built: Job, part: Part) -> dict[str, Tensor]:
     "losses",
     [
         pytest.param(ALL_LOSSES, id="all"),
+        pytest.param(ADAPTIVE, id="adaptive"),
+        pytest.param(replace(ADAPTIVE, feature_matching=0.0), id="adaptive, without feature matching"),
         pytest.param(LossWeights(alignment=0.5), id="no adversary"),
         pytest.param(
             LossWeights(adversarial=1.0, alignment=0.5, adaptive_alignment=False), id="fixed weight"
@@ -69,7 +79,7 @@ def test_cut_gradients_are_those_of_the_whole_loss(losses: LossWeights) -> None:
     part = first_part(built)
     expected = plain_gradients(built, part)
     output = forward(built, part, built.weights(), TOKENIZER)
-    generator_backward(built, part, output, built.weights(), None)
+    generator_backward(built, part, output, built.weights(), {})
     found = {n: p.grad for n, p in built.tokenizer.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -83,7 +93,7 @@ def test_discriminators_learn_from_their_own_loss_alone() -> None:
     built = job()
     part = first_part(built)
     output = forward(built, part, built.weights(), TOKENIZER)
-    generator_backward(built, part, output, built.weights(), None)
+    generator_backward(built, part, output, built.weights(), {})
     assert all(p.grad is None for a in built.adversaries for p in a.parameters)
 
 
@@ -123,9 +133,10 @@ def test_an_accumulated_batch_gives_the_same_update() -> None:
     assert largest_difference(parameters(whole), parameters(parts)) < 1e-6
 
 
-def test_an_accumulated_batch_plays_the_same_game() -> None:
+@pytest.mark.parametrize("losses", [ALL_LOSSES, ADAPTIVE], ids=["fixed", "adaptive"])
+def test_an_accumulated_batch_plays_the_same_game(losses: LossWeights) -> None:
     # One step of 1e-3, and not as close: the discriminators' batch norms enlarge the last digits.
-    whole, parts = job(batch_size=16), job(batch_size=16, accumulate=2)
+    whole, parts = job(losses, batch_size=16), job(losses, batch_size=16, accumulate=2)
     (ours,), (theirs,) = steps(whole, 1), steps(parts, 1)
     assert ours.losses.keys() == theirs.losses.keys()
     for name, loss in ours.losses.items():
@@ -179,6 +190,17 @@ def test_an_adaptive_weight_is_kept_between_measurements() -> None:
     built = job(LossWeights(alignment=0.5), adaptive_every=3)
     factors = [r.losses["alignment_factor"].item() for r in steps(built, 5)]
     assert factors[0] == factors[1] == factors[2] != factors[3] == factors[4]
+
+
+def test_the_adaptive_adversarial_weight_is_kept_between_measurements() -> None:
+    built = job(LossWeights(alignment=0.5, adversarial=0.3, adaptive_adversarial=True), adaptive_every=2)
+    results = steps(built, 3)
+    factors = [r.losses["adversarial_factor"].item() for r in results]
+    assert 1 != factors[0] == factors[1] != factors[2]
+    first = {name: loss.item() for name, loss in results[0].losses.items()}
+    expected = first["l1"] + 0.1 * first["multiscale_l1"] + 1e-6 * first["kl"]
+    expected += factors[0] * 0.3 * first["adversarial"] + first["alignment_factor"] * first["alignment"]
+    assert first["total"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_recomputed_blocks_give_the_same_update() -> None:

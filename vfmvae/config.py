@@ -111,6 +111,12 @@ class TrainConfig:
                 f" engine.accumulate {engine.accumulate} and engine.parallel fsdp; use engine.accumulate 1 or"
                 f" engine.parallel ddp"
             )
+        if losses.adaptive_adversarial:
+            raise ValueError(
+                f"stage {stage.name!r} has losses.adaptive_adversarial, which cannot be measured with"
+                f" engine.accumulate {engine.accumulate} and engine.parallel fsdp; use engine.accumulate 1 or"
+                f" engine.parallel ddp"
+            )
 
     def plan(self) -> StagePlan:
         """The stages in updates."""

@@ -21,6 +21,7 @@ from vfmvae.discriminators.layers import group_count
 from vfmvae.losses.perceptual import LPIPS, VGG16, PerceptualNetwork, perceptual_network
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.parts import part_modules, set_trained
+from vfmvae.training.adaptive import LIMITS, AdaptiveWeight, Balanced
 from vfmvae.training.adversary import TERMS_OF, Adversary, PatchAdversary, ProjectedAdversary
 from vfmvae.training.companion import Companion
 from vfmvae.training.device import compute_dtype, pick_device, set_precision
@@ -30,7 +31,6 @@ from vfmvae.training.ema import EMA, ema_beta
 from vfmvae.training.evaluation import HELD_OUT_IMAGES, Evaluation, evaluate
 from vfmvae.training.forward import Snapshot, TrainingForward
 from vfmvae.training.guard import BufferGuard, StepGuard
-from vfmvae.training.objective import AdaptiveWeight
 from vfmvae.training.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -91,7 +91,7 @@ class Job:
         self.ema = EMA(self.tokenizer, frozen)
         self.guard = self._guard()
         self.buffers = BufferGuard(self.tokenizer)
-        self.adaptive = AdaptiveWeight(self.device)
+        self.adaptive = {name: AdaptiveWeight(self.device, limit) for name, limit in LIMITS.items()}
         self.companions: list[Companion] = []
         self.snapshot: Snapshot | None = None
         self.place: Place | None = None
@@ -104,7 +104,7 @@ class Job:
             optimizers={a.name: a.optimizer for a in self.adversaries},
             others={
                 "ema": self.ema,
-                "adaptive_weight": self.adaptive,
+                **{f"adaptive_{name}": weight for name, weight in self.adaptive.items()},
                 "tokenizer_guard": self.guard,
                 **{f"{a.name}_guard": a.guard for a in self.adversaries},
             },
@@ -361,19 +361,23 @@ class Job:
             gradients = [p.grad for p in self.trained if p.grad is not None]
             mean_over_ranks(*[g for g in gradients if not isinstance(g, DTensor)])
 
-    def measures_alignment(self) -> bool:
-        """Whether this step measures the adaptive weight of the alignment loss."""
-        every = self.config.engine.adaptive_every
-        return self.stage.losses.adaptive_alignment and self.state.step % every == 0
+    def is_adaptive(self, name: Balanced) -> bool:
+        """Whether the present stage has the adaptive weight of this name."""
+        losses = self.stage.losses
+        return losses.adaptive_alignment if name == "alignment" else losses.adaptive_adversarial
 
-    def alignment_factor(self, gradients: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The factor of the alignment loss's weight, measured anew from gradients if they are given."""
-        if not self.stage.losses.adaptive_alignment:
+    def measures(self, name: Balanced) -> bool:
+        """Whether this step measures that weight."""
+        return self.is_adaptive(name) and self.state.step % self.config.engine.adaptive_every == 0
+
+    def factor(self, name: Balanced, gradients: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The adaptive weight, or 1; measured anew from gradients, times the loss's scale, if given."""
+        if not self.is_adaptive(name):
             return torch.ones((), device=self.device)
         if gradients is not None:
-            of_reconstruction, of_alignment = gradients
-            self.adaptive.measure(of_reconstruction / self.guard.scale, of_alignment / self.guard.scale)
-        return self.adaptive.ratio
+            of_reconstruction, of_loss = (gradient / self.guard.scale for gradient in gradients)
+            self.adaptive[name].measure(of_reconstruction, of_loss)
+        return self.adaptive[name].ratio
 
     def average(self) -> None:
         """Move the averaged weights towards the present ones."""

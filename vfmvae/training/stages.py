@@ -55,6 +55,9 @@ class LossWeights:
     """Hinge loss through the projected discriminator."""
     patch_adversarial: float = 0.0
     """Least-squares loss through the multi-scale PatchGAN."""
+    adaptive_adversarial: bool = False
+    """Multiply these two weights by the ratio of gradient norms at the decoder's last layer, image terms over
+    the two."""
     feature_matching: float = 0.0
     """L1 of the PatchGAN's features, fake to real."""
     r1: float = 0.0
@@ -71,14 +74,30 @@ class LossWeights:
                 f"no loss asks for a reconstruction; give one of losses."
                 f"{{{','.join((*IMAGE_TERMS, *ADVERSARIAL_TERMS))}}} a weight"
             )
+        if self.adaptive_adversarial:
+            self._check_adaptive()
         if self.r1 and not self.adversarial:
             raise ValueError(
                 f"losses.r1 is {self.r1}, which penalises the discriminator of losses.adversarial;"
                 f" give that a weight too"
             )
 
+    def _check_adaptive(self) -> None:
+        if not self.adversarial and not self.patch_adversarial:
+            raise ValueError(
+                "losses.adaptive_adversarial balances losses.adversarial and losses.patch_adversarial; give"
+                " one of them a weight"
+            )
+        # The smaller images do not come from the last layer.
+        terms = [name for name in IMAGE_TERMS if name != "multiscale_l1"]
+        if not any(getattr(self, name) for name in terms):
+            raise ValueError(
+                f"losses.adaptive_adversarial compares with the image losses; give one of"
+                f" losses.{{{','.join(terms)}}} a weight"
+            )
 
-TERMS = tuple(f.name for f in fields(LossWeights) if f.name != "adaptive_alignment")
+
+TERMS = tuple(f.name for f in fields(LossWeights) if not f.name.startswith("adaptive_"))
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,11 @@ class StageConfig:
             raise ValueError(
                 f"stage {self.name!r} does not train 'fusion', so losses.adaptive_alignment has no gradient"
                 f" to compare; turn it off, or losses.alignment to 0"
+            )
+        if self.losses.adaptive_adversarial and not any(part.startswith("decoder") for part in self.trains):
+            raise ValueError(
+                f"stage {self.name!r} does not train the decoder's last block, so losses.adaptive_adversarial"
+                f" has no gradient to compare; turn it off"
             )
         if "align" in self.trains and not self.losses.alignment:
             raise ValueError(
