@@ -19,7 +19,7 @@ from tests.tiny_runs import (
     steps,
     tiny,
 )
-from tests.whole_runs import DECODER, EVERYTHING, small_parts, three_stages
+from tests.whole_runs import DECODER, EVERYTHING, align_tok, small_parts, three_stages
 from vfmvae.config import TrainConfig
 from vfmvae.data.transforms import CropConfig
 from vfmvae.tokenizer import BottleneckConfig
@@ -62,6 +62,33 @@ def test_each_stage_moves_its_own_parts_and_no_others() -> None:
         moved.append(moved_parts(before, ready.tokenizer))
     behind = {"fusion", "align", "decompress", "style", "decoder"}
     assert moved == [behind, behind | {"encoder"}, set(DECODER)]
+
+
+def test_align_tok_is_a_list_of_stages() -> None:
+    ready = built(*align_tok())
+    behind = {"fusion", *DECODER}
+    for name, moved in (("align", behind), ("whole", behind | {"encoder"}), ("decoder", set(DECODER))):
+        before = copies(ready.tokenizer)
+        of_discriminator = copies(ready.adversaries[0].game)
+        results = steps(ready, 3)
+        assert ready.stage.name == name
+        assert moved_parts(before, ready.tokenizer) == moved
+        assert moved_parts(of_discriminator, ready.adversaries[0].game) == {"discriminator"}
+        terms = {"l1", "perceptual", "adversarial"} | ({"preservation"} if name == "whole" else set())
+        factors = {"adversarial_factor", "discriminator_projected", "total", "gradient_norm"}
+        assert all(result.losses.keys() == terms | factors for result in results)
+        ratios = {result.losses["adversarial_factor"].item() for result in results}
+        assert len(ratios) == 3 and min(ratios) > 0 and max(ratios) < 1e4
+        averages, state = ready.ema.state_dict(), ready.tokenizer.state_dict()
+        behind_weights = {n.split(".")[0] for n in averages if not torch.equal(averages[n], state[n])}
+        assert behind_weights == (moved if name == "whole" else set()), "the average"
+        if name == "whole":
+            first, *later = (result.losses["preservation"] for result in results)
+            assert first == 0 and min(later) > 0
+            rates = {p: group["lr"] for group in ready.optimizer.param_groups for p in group["params"]}
+            assert {rates[p] for p in ready.tokenizer.encoder.parameters()} == {1e-3 * 0.1}
+            assert rates[ready.tokenizer.last_decoder_weight] == 1e-3
+    assert ready.state.step == ready.plan.steps
 
 
 def test_the_blocks_above_a_size_train_alone() -> None:
