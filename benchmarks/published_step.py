@@ -85,6 +85,7 @@ class PublishedStep:
         for parameter in learning:
             parameter.requires_grad_(False)
         for adversary in job.playing:
+            adversary.game.follow()
             draws = job.draws(0, GENERATOR)
             others |= adversary.game.generator_losses(decoded[0], images, draws, job.blur(), weights)
         reconstruction, other = weighted_sum(of_images, weights), weighted_sum(others, weights)

@@ -12,9 +12,11 @@ from vfmvae.config import PerceptualConfig, TrainConfig, check_same_run, read_co
 from vfmvae.recipes import demo
 from vfmvae.serialization import to_json
 from vfmvae.tokenizer.equivariance import EquivarianceConfig
+from vfmvae.training.ema import EmaConfig
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.guard import SafetyConfig
 from vfmvae.training.optim import OptimizerConfig
+from vfmvae.training.rates import PartRate
 from vfmvae.training.stages import LossWeights, StageConfig
 
 
@@ -27,8 +29,8 @@ def test_reading_a_written_config_gives_an_equal_one(tmp_path: Path) -> None:
 
 def test_the_error_names_the_file_and_the_valid_fields(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text('{"ema": {"momentum": 0.9}}')
-    message = r"config\.json: unknown field 'momentum' in ema; valid fields: half_life_images, ramp_up"
+    file.write_text('{"stages": [{"ema": {"momentum": 0.9}}]}')
+    message = r"config\.json: unknown field 'momentum' in stages\[0\]\.ema; valid fields: half_life_images"
     with pytest.raises(ValueError, match=message):
         read_config(file)
 
@@ -100,12 +102,44 @@ def test_equivariance_scales_must_fit_the_resolution() -> None:
         replace(demo(), stages=(StageConfig(name="odd", equivariance=wrong),))
 
 
+def test_parts_and_their_rates_are_checked_in_every_stage() -> None:
+    first, second = demo().stages
+    for change, message in (
+        ({"trains": ("fusion", "decoder>99", "align")}, "no decoder block lies above 99 px"),
+        ({"rates": (PartRate("encoder", 0.1),)}, "rates has 'encoder', but encoder does not train"),
+    ):
+        with pytest.raises(ValueError, match=f"^stage 'sharpen': {message}"):
+            replace(demo(), stages=(first, replace(second, **change)))
+
+
+def test_shards_cannot_keep_gradients_apart() -> None:
+    first, second = demo().stages
+    stages = first, replace(second, trains=("encoder", *second.trains))
+    engine = EngineConfig(parallel="fsdp", accumulate=2)
+    with pytest.raises(
+        ValueError, match="'sharpen' trains 'encoder', so losses.adaptive_alignment cannot be"
+    ):
+        replace(demo(), stages=stages, engine=engine)
+    for fine in (replace(engine, accumulate=1), replace(engine, parallel="ddp")):
+        assert replace(demo(), stages=stages, engine=fine).engine == fine
+    assert replace(demo(), engine=engine).engine == engine
+    adaptive = replace(second.losses, adaptive_adversarial=True)
+    with pytest.raises(
+        ValueError, match="'sharpen' has losses.adaptive_adversarial, which cannot be measured"
+    ):
+        replace(demo(), stages=(first, replace(second, losses=adaptive)), engine=engine)
+    fixed = replace(second.losses, adaptive_alignment=False)
+    stages = first, replace(stages[1], losses=fixed)
+    assert replace(demo(), stages=stages, engine=engine).stages == stages
+
+
 def test_a_resumed_run_may_change_how_it_trains() -> None:
     config = demo()
     moved = replace(config.tokenizer, encoder=replace(config.tokenizer.encoder, weights="/elsewhere"))
     first, second = config.stages
     slower = replace(first, optimizer=replace(first.optimizer, learning_rate=1e-5), images=99)
-    other_losses = replace(second, losses=replace(second.losses, kl=0.0))
+    slower = replace(slower, rates=(PartRate("decoder", 0.5),))
+    other_losses = replace(second, losses=replace(second.losses, kl=0.0), ema=EmaConfig(half_life_images=0))
     changed = replace(
         config,
         tokenizer=moved,
@@ -142,7 +176,7 @@ def test_a_resumed_run_may_not_change_what_it_trains(changes: dict[str, object],
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trains": ("decoder", "align")}, r"cannot change trains of its stage 'sharpen' from \('fusion',"),
+        ({"trains": ("fusion", "align")}, r"cannot change trains of its stage 'sharpen' from \('fusion',"),
         (
             {"optimizer": OptimizerConfig(kind="adamw", betas=(0.9, 0.99))},
             "optimizer.kind of its stage 'sharpen' from adam to adamw",
@@ -150,6 +184,10 @@ def test_a_resumed_run_may_not_change_what_it_trains(changes: dict[str, object],
         (
             {"optimizer": OptimizerConfig(betas=(0.9, 0.999))},
             r"optimizer.betas of its stage 'sharpen' from \(0.9, 0.99\) to \(0.9, 0.999\)",
+        ),
+        (
+            {"optimizer": OptimizerConfig(betas=(0.9, 0.99), implementation="apex")},
+            "optimizer.implementation of its stage 'sharpen' from torch to apex",
         ),
     ],
 )

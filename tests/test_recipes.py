@@ -48,6 +48,7 @@ def test_the_published_recipe_is_the_published_run() -> None:
     rates = [stage.optimizer.learning_rate for stage in config.stages]
     assert rates == [1e-4, 1e-4, 5e-5, 5e-5]
     assert {stage.optimizer.betas for stage in config.stages} == {(0.0, 0.99)}
+    assert {(stage.ema.half_life_images, stage.ema.ramp_up) for stage in config.stages} == {(160_000, 0.05)}
     assert config.stages[3].trains == ("decoder>32",)
 
 

@@ -21,6 +21,7 @@ import vfmvae.train
 from tests.helpers import ROOT
 from tests.tiny_runs import ALL_LOSSES, stage, tiny
 from tests.whole_runs import (
+    align_tok,
     assert_same_run,
     cheap,
     lines,
@@ -34,6 +35,7 @@ from tests.whole_runs import (
 from vfmvae.config import TrainConfig
 from vfmvae.data import Photographs
 from vfmvae.serialization import to_json
+from vfmvae.training.engine import EngineConfig
 from vfmvae.training.run_folder import RunFolder
 from vfmvae.training.stages import IMAGE_TERMS, LossWeights
 
@@ -205,6 +207,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished: tuple[Path, str], tmp_path:
     quality = [line for line in finished[1].splitlines() if "PSNR" in line or "SSIM" in line]
     assert len(quality) == 2
     assert all(line in printed for line in quality), "before and after are those of the whole run"
+
+
+def test_align_tok_goes_on_bit_for_bit_in_the_middle_of_its_second_stage(tmp_path: Path) -> None:
+    config = tiny(stages=align_tok(), workers=1, engine=EngineConfig(adaptive_every=2))
+    run(config, tmp_path / "whole")
+    stop_after(config, tmp_path / "stopped", 5)
+    stopped = state(tmp_path / "stopped")
+    assert any(name.startswith("modules.snapshot.encoder.") for name in stopped)
+    ratio = stopped["others.adaptive_adversarial.ratio"].item()
+    assert "from step 5\n" in run(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    found = lines(tmp_path / "whole")
+    assert [line["stage"] for line in found] == ["align"] * 3 + ["whole"] * 3 + ["decoder"] * 3
+    assert found[4]["adversarial_factor"] == found[5]["adversarial_factor"] == ratio, "it is remembered"
+    rates = [line.get("learning_rate_encoder") for line in found]
+    assert rates == [None] * 3 + [pytest.approx(1e-4)] * 3 + [None] * 3
 
 
 def stop_after(config: TrainConfig, folder: Path, step: int) -> None:

@@ -33,9 +33,10 @@ def test_without_arguments_it_is_the_demo_in_a_new_folder() -> None:
 
 
 def test_any_field_can_be_overridden() -> None:
-    arguments = "--steps 7 --ema.ramp-up 0.5 --tokenizer.encoder.layers 1 2 -1 --fused --dtype fp16"
+    arguments = "--steps 7 --stages.0.ema.ramp-up 0.5 --tokenizer.encoder.layers 1 2 -1 --fused --dtype fp16"
     config = parse_arguments(arguments.split())[0].run
-    assert (config.steps, config.ema.ramp_up, config.fused, config.dtype) == (7, 0.5, True, "fp16")
+    assert (config.steps, config.fused, config.dtype) == (7, True, "fp16")
+    assert [stage.ema.ramp_up for stage in config.stages] == [0.5, 0.05]
     assert config.tokenizer.encoder.layers == (1, 2, -1)
     assert config.tokenizer.decoder == demo().tokenizer.decoder, "the rest stays the recipe's"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -18,13 +19,16 @@ from tests.tiny_runs import (
     steps,
     tiny,
 )
-from tests.whole_runs import DECODER, small_parts, three_stages
+from tests.whole_runs import DECODER, EVERYTHING, align_tok, small_parts, three_stages
 from vfmvae.config import TrainConfig
+from vfmvae.data.transforms import CropConfig
 from vfmvae.tokenizer import BottleneckConfig
 from vfmvae.train_job import Job
 from vfmvae.train_step import training_step
+from vfmvae.training.ema import EmaConfig
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.optim import OptimizerConfig
+from vfmvae.training.rates import PartRate
 from vfmvae.training.stages import LossWeights, StageConfig, TermSchedule
 
 PLAIN = LossWeights(alignment=0.5)
@@ -58,6 +62,33 @@ def test_each_stage_moves_its_own_parts_and_no_others() -> None:
         moved.append(moved_parts(before, ready.tokenizer))
     behind = {"fusion", "align", "decompress", "style", "decoder"}
     assert moved == [behind, behind | {"encoder"}, set(DECODER)]
+
+
+def test_align_tok_is_a_list_of_stages() -> None:
+    ready = built(*align_tok())
+    behind = {"fusion", *DECODER}
+    for name, moved in (("align", behind), ("whole", behind | {"encoder"}), ("decoder", set(DECODER))):
+        before = copies(ready.tokenizer)
+        of_discriminator = copies(ready.adversaries[0].game)
+        results = steps(ready, 3)
+        assert ready.stage.name == name
+        assert moved_parts(before, ready.tokenizer) == moved
+        assert moved_parts(of_discriminator, ready.adversaries[0].game) == {"discriminator"}
+        terms = {"l1", "perceptual", "adversarial"} | ({"preservation"} if name == "whole" else set())
+        factors = {"adversarial_factor", "discriminator_projected", "total", "gradient_norm"}
+        assert all(result.losses.keys() == terms | factors for result in results)
+        ratios = {result.losses["adversarial_factor"].item() for result in results}
+        assert len(ratios) == 3 and min(ratios) > 0 and max(ratios) < 1e4
+        averages, state = ready.ema.state_dict(), ready.tokenizer.state_dict()
+        behind_weights = {n.split(".")[0] for n in averages if not torch.equal(averages[n], state[n])}
+        assert behind_weights == (moved if name == "whole" else set()), "the average"
+        if name == "whole":
+            first, *later = (result.losses["preservation"] for result in results)
+            assert first == 0 and min(later) > 0
+            rates = {p: group["lr"] for group in ready.optimizer.param_groups for p in group["params"]}
+            assert {rates[p] for p in ready.tokenizer.encoder.parameters()} == {1e-3 * 0.1}
+            assert rates[ready.tokenizer.last_decoder_weight] == 1e-3
+    assert ready.state.step == ready.plan.steps
 
 
 def test_the_blocks_above_a_size_train_alone() -> None:
@@ -114,8 +145,8 @@ def test_every_stage_has_its_own_optimizers() -> None:
     assert ready.begin_step() == {"tokenizer": 2e-3, "discriminator_projected": 2e-3}
     for optimizer in (ready.optimizer, ready.adversaries[0].optimizer):
         assert isinstance(optimizer, torch.optim.AdamW)
-        (group,) = optimizer.param_groups
-        assert (group["betas"], group["weight_decay"]) == ((0.1, 0.2), 0.3)
+        for group in optimizer.param_groups:
+            assert (group["betas"], group["weight_decay"]) == ((0.1, 0.2), 0.3)
     assert ready.state.optimizers["projected"] is ready.adversaries[0].optimizer, "which checkpoints hold"
 
 
@@ -130,6 +161,19 @@ def test_preservation_holds_the_latents_of_the_stages_beginning() -> None:
     (result,) = steps(ready, 1)
     assert "preservation" not in result.losses and ready.snapshot is None
     assert "snapshot" not in ready.state.modules
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_stage_sees_its_own_crops(workers: int) -> None:
+    whole = CropConfig(side=(1.0, 1.0), flip=0.0)
+    stages = (stage(PLAIN, name="a", images=12), stage(PLAIN, name="b", images=8, crops=whole))
+    ready = built(*stages, batch_size=4, workers=workers, engine=EngineConfig(accumulate=2))
+    batches = [torch.cat(parts) for parts in ready.batches(0)]
+    crops = [CropConfig()] * 3 + [whole] * 2
+    for number, (images, each) in enumerate(zip(batches, crops, strict=True)):
+        assert torch.equal(images, ready.data.batch(number, 4, each)["image"])
+    again = [torch.cat(parts) for parts in ready.batches(4)]
+    assert len(again) == 1 and torch.equal(again[0], batches[4])
 
 
 # Schedules
@@ -194,6 +238,23 @@ def test_rates_follow_their_stage() -> None:
     assert rates == pytest.approx([0.25, 0.75, 0.8535534, 0.1464466, 1e-3, 1e-3])
 
 
+def test_parts_may_have_rates_of_their_own() -> None:
+    schedule = OptimizerConfig(learning_rate=1e-2, betas=(0.5, 0.9), eps=1e-3, warmup=0.5, schedule="cosine")
+    rates = (PartRate("encoder", 0.1), PartRate("decoder>32", 4.0))
+    alike = stage(PLAIN, images=8, trains=EVERYTHING, optimizer=schedule)
+    plain, ready = built(alike), built(replace(alike, rates=rates))
+    start = copies(ready.tokenizer)
+    (said,), (_,) = ([each.begin_step()] for each in (ready, plain))
+    assert said == pytest.approx({"tokenizer": 2.5e-3, "encoder": 2.5e-4, "decoder>32": 1e-2})
+    assert not any(json.loads(ready.state.record())["optimizers"]["tokenizer"]), "factors are no state"
+    steps(plain, 1), steps(ready, 1)
+    factors = {"encoder.": 0.1, "decoder.blocks.5.": 4.0}
+    for name, parameter in ready.tokenizer.named_parameters():
+        factor = next((f for prefix, f in factors.items() if name.startswith(prefix)), 1.0)
+        ours, theirs = parameter - start[name], plain.tokenizer.get_parameter(name) - start[name]
+        torch.testing.assert_close(ours, factor * theirs, rtol=1e-3, atol=2e-7, msg=name)
+
+
 # Options
 
 
@@ -229,6 +290,23 @@ def test_the_average_follows_what_some_stage_trains() -> None:
     assert not any(name.startswith("modules.tokenizer.encoder.") for name in frozen.state.tensors())
 
 
+def test_every_stage_averages_as_it_says() -> None:
+    slow, follow = EmaConfig(half_life_images=4, ramp_up=None), EmaConfig(half_life_images=0)
+    stages = (("a", slow), ("b", follow), ("c", slow))
+    ready = built(*(stage(PLAIN, name=name, images=4, ema=ema) for name, ema in stages))
+    weight = ready.tokenizer.align.weight
+    for step in range(6):
+        before = ready.ema.state_dict()["align.weight"].clone()
+        steps(ready, 1)
+        average = ready.ema.state_dict()["align.weight"]
+        if step in (2, 3):
+            assert torch.equal(average, weight)
+        else:
+            expected = torch.lerp(before, weight.detach(), 1 - 0.5 ** (2 / 4))
+            torch.testing.assert_close(average, expected)
+            assert not torch.equal(average, weight)
+
+
 # No waiting
 
 WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
@@ -236,7 +314,7 @@ WAITS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "
 
 def everything() -> TrainConfig:
     """All losses, all parts, half of the options; a discrete bottleneck has terms of its own."""
-    losses = replace(ALL_LOSSES, preservation=1.0, r1=0.1)
+    losses = replace(ALL_LOSSES, preservation=1.0, r1=0.1, adaptive_adversarial=True)
     trains = ("encoder", *ENCODER_SIDE, "align")
     fading = stage(losses, trains=trains, blur_sigma=1.0, blur_images=500)
     return tiny(stages=(fading,), engine=EngineConfig(clip_norm=1.0))
@@ -263,7 +341,8 @@ def test_a_step_asks_the_device_for_nothing(kind: str, dtype: str, monkeypatch: 
         for name in WAITS:
             patch.setattr(Tensor, name, wait)
         result = training_step(ready, batch, ready.weights())
-    assert {"r1"} & ready.weights().keys() and "preservation" in result.losses
+    assert {"r1"} & ready.weights().keys()
+    assert {"preservation", "adversarial_factor", "alignment_factor"} <= result.losses.keys()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -15,10 +15,12 @@ from torch import nn
 from tests.commands import save_image
 from tests.tiny_runs import job, stage, tiny
 from vfmvae.config import TrainConfig
+from vfmvae.data.transforms import CropConfig
 from vfmvae.recipes import RECIPES
 from vfmvae.tokenizer import BottleneckConfig
 from vfmvae.tokenizer.parts import set_trained
 from vfmvae.train_plan import describe, saved_bytes
+from vfmvae.training.rates import PartRate
 from vfmvae.training.stages import LossWeights, TermSchedule
 
 
@@ -84,6 +86,18 @@ def test_schedules_and_absent_terms_are_said() -> None:
     discrete = replace(tiny().tokenizer, bottleneck=BottleneckConfig(kind="discrete", codebooks=2, codes=64))
     shown = description(tiny(stages=(stage(losses),), tokenizer=discrete))
     assert "kl" not in shown and "entropy 1" in shown and "quantization 1" in shown
+
+
+def test_crops_are_said_where_they_are_unusual() -> None:
+    large = stage(crops=CropConfig(side=(0.8, 1.0), flip=0.25))
+    assert "crops   0.8 to 1 of the short side, mirrored with 0.25\n" in description(tiny(stages=(large,)))
+    assert "crops" not in description(tiny(stages=(stage(),)))
+
+
+def test_rates_of_parts_are_said() -> None:
+    rates = (PartRate("style", 0.1), PartRate("decoder>32", 2.5))
+    assert "rates   style x 0.1, decoder>32 x 2.5\n" in description(tiny(stages=(stage(rates=rates),)))
+    assert "rates" not in description(tiny(stages=(stage(),)))
 
 
 def test_the_data_is_looked_at(tmp_path: Path) -> None:

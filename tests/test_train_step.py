@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,15 @@ from vfmvae.images import to_unit
 from vfmvae.losses.alignment import adaptive_weight
 from vfmvae.train_job import Job
 from vfmvae.train_step import GENERATOR, TOKENIZER, Part, forward, generator_backward, training_step
+from vfmvae.training.adaptive import BALANCED_TERMS
+from vfmvae.training.adversary import ProjectedAdversary
 from vfmvae.training.companion import CompanionLosses
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.objective import image_losses, latent_losses
 from vfmvae.training.optim import OptimizerConfig
 from vfmvae.training.stages import LossWeights
+
+ADAPTIVE = replace(ALL_LOSSES, adaptive_adversarial=True)
 
 
 def first_part(built: Job) -> Part:
@@ -38,9 +44,14 @@ def plain_gradients(built: Job, part: Part) -> dict[str, Tensor]:
     draws, adversarial = built.draws(0, GENERATOR), {}
     for adversary in built.playing:
         adversarial |= adversary.game.generator_losses(decoded, output.targets, draws, 0.0, weights)
-    others = {**adversarial, **latent_losses(output, weights)}
     reconstruction = sum(weights[name] * loss for name, loss in of_images.items())
-    total = reconstruction + sum(weights[name] * loss for name, loss in others.items())
+    total = reconstruction
+    if built.stage.losses.adaptive_adversarial:
+        balanced = sum(weights[n] * adversarial.pop(n) for n in BALANCED_TERMS)
+        ratio = adaptive_weight(reconstruction, balanced, tokenizer.last_decoder_weight, 1e4)
+        total = total + ratio * balanced
+    others = {**adversarial, **latent_losses(output, weights)}
+    total = total + sum(weights[name] * loss for name, loss in others.items())
     if "alignment" in weights:
         alignment = tokenizer.alignment_loss(output.latents, output.features)
         factor = weights["alignment"]
@@ -55,6 +66,8 @@ def plain_gradients(built: Job, part: Part) -> dict[str, Tensor]:
     "losses",
     [
         pytest.param(ALL_LOSSES, id="all"),
+        pytest.param(ADAPTIVE, id="adaptive"),
+        pytest.param(replace(ADAPTIVE, feature_matching=0.0), id="adaptive, without feature matching"),
         pytest.param(LossWeights(alignment=0.5), id="no adversary"),
         pytest.param(
             LossWeights(adversarial=1.0, alignment=0.5, adaptive_alignment=False), id="fixed weight"
@@ -66,7 +79,7 @@ def test_cut_gradients_are_those_of_the_whole_loss(losses: LossWeights) -> None:
     part = first_part(built)
     expected = plain_gradients(built, part)
     output = forward(built, part, built.weights(), TOKENIZER)
-    generator_backward(built, part, output, built.weights(), 1, None)
+    generator_backward(built, part, output, built.weights(), {})
     found = {n: p.grad for n, p in built.tokenizer.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -80,7 +93,7 @@ def test_discriminators_learn_from_their_own_loss_alone() -> None:
     built = job()
     part = first_part(built)
     output = forward(built, part, built.weights(), TOKENIZER)
-    generator_backward(built, part, output, built.weights(), 1, None)
+    generator_backward(built, part, output, built.weights(), {})
     assert all(p.grad is None for a in built.adversaries for p in a.parameters)
 
 
@@ -120,9 +133,10 @@ def test_an_accumulated_batch_gives_the_same_update() -> None:
     assert largest_difference(parameters(whole), parameters(parts)) < 1e-6
 
 
-def test_an_accumulated_batch_plays_the_same_game() -> None:
+@pytest.mark.parametrize("losses", [ALL_LOSSES, ADAPTIVE], ids=["fixed", "adaptive"])
+def test_an_accumulated_batch_plays_the_same_game(losses: LossWeights) -> None:
     # One step of 1e-3, and not as close: the discriminators' batch norms enlarge the last digits.
-    whole, parts = job(batch_size=16), job(batch_size=16, accumulate=2)
+    whole, parts = job(losses, batch_size=16), job(losses, batch_size=16, accumulate=2)
     (ours,), (theirs,) = steps(whole, 1), steps(parts, 1)
     assert ours.losses.keys() == theirs.losses.keys()
     for name, loss in ours.losses.items():
@@ -133,10 +147,60 @@ def test_an_accumulated_batch_plays_the_same_game() -> None:
         assert largest_difference(ours, theirs_) < limit, part
 
 
+@pytest.mark.parametrize("engine", [{}, {"accumulate": 2}, {"share_forward": False}])
+def test_spectral_norms_are_iterated_three_times_per_step(engine: dict[str, Any]) -> None:
+    # In the published step the passes iterate: real and generated images, then the tokenizer's.
+    built = job(LossWeights(alignment=0.5, adversarial=0.3), **engine)
+    (adversary,) = built.adversaries
+    assert isinstance(adversary.game, ProjectedAdversary)
+    discriminator = adversary.game.discriminator
+    for _ in range(2):
+        by_hand = copy.deepcopy(discriminator)
+        steps(built, 1)
+        for _ in range(2):
+            by_hand.iterate_spectral_norms()
+        updated = dict(discriminator.named_parameters())
+        for name, parameter in by_hand.named_parameters():
+            parameter.data.copy_(updated[name])
+        by_hand.iterate_spectral_norms()
+        found = dict(discriminator.named_buffers())
+        for name, expected in by_hand.named_buffers():
+            assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("losses", [LossWeights(alignment=0.5), LossWeights(adversarial=0.3)])
+@pytest.mark.parametrize("share_forward", [True, False])
+def test_the_mean_style_moves_once_per_update(losses: LossWeights, share_forward: bool) -> None:
+    whole, parts = (
+        job(losses, batch_size=8, accumulate=count, share_forward=share_forward) for count in (1, 4)
+    )
+    seen: list[Tensor] = []
+    hook = whole.tokenizer.style.register_forward_hook(lambda _, __, style: seen.append(style.mean(dim=0)))
+    steps(whole, 1), steps(parts, 1)
+    hook.remove()
+    average = whole.tokenizer.style.average
+    torch.testing.assert_close(average, 0.005 * seen[-1].detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(parts.tokenizer.style.average, average, rtol=1e-5, atol=1e-8)
+    if not losses.adversarial:  # its batch norms see the parts
+        steps(whole, 2), steps(parts, 2)
+        torch.testing.assert_close(parts.tokenizer.style.average, average, rtol=1e-4, atol=1e-7)
+
+
 def test_an_adaptive_weight_is_kept_between_measurements() -> None:
     built = job(LossWeights(alignment=0.5), adaptive_every=3)
     factors = [r.losses["alignment_factor"].item() for r in steps(built, 5)]
     assert factors[0] == factors[1] == factors[2] != factors[3] == factors[4]
+
+
+def test_the_adaptive_adversarial_weight_is_kept_between_measurements() -> None:
+    built = job(LossWeights(alignment=0.5, adversarial=0.3, adaptive_adversarial=True), adaptive_every=2)
+    results = steps(built, 3)
+    factors = [r.losses["adversarial_factor"].item() for r in results]
+    assert 1 != factors[0] == factors[1] != factors[2]
+    first = {name: loss.item() for name, loss in results[0].losses.items()}
+    expected = first["l1"] + 0.1 * first["multiscale_l1"] + 1e-6 * first["kl"]
+    expected += factors[0] * 0.3 * first["adversarial"] + first["alignment_factor"] * first["alignment"]
+    assert first["total"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_recomputed_blocks_give_the_same_update() -> None:

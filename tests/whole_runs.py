@@ -22,6 +22,8 @@ from vfmvae.discriminators import PatchDiscriminator
 from vfmvae.tokenizer.files import read_safetensors
 from vfmvae.train import train
 from vfmvae.training.checkpoint_folder import checkpoints, step_of
+from vfmvae.training.ema import EmaConfig
+from vfmvae.training.rates import PartRate
 from vfmvae.training.run_folder import RunFolder
 from vfmvae.training.stages import LossWeights, StageConfig
 
@@ -31,9 +33,31 @@ CHEAP = LossWeights(alignment=0.5)
 TIMES = {"images_per_second", "interval_s", "peak_memory_gib"}
 
 
+def align_tok(images: int = 6) -> tuple[StageConfig, ...]:
+    """The stages of AlignTok (arXiv 2509.25162): an adapter and a decoder behind a frozen encoder; all of it,
+    the latents kept near to what they were; the decoder alone.
+
+    Its reconstruction loss is L1, LPIPS and an adversarial loss with an adaptive weight, without KL. The
+    encoder is pretrained, so that its rate is lower; the average of the weights begins with it.
+    """
+    losses = LossWeights(
+        multiscale_l1=0.0, perceptual=1.0, kl=0.0, alignment=0.0, adversarial=1.0, adaptive_adversarial=True
+    )
+    behind = ("fusion", "bottleneck", "decompress", "style", "decoder")
+    align = stage(losses, name="align", images=images, trains=behind, ema=EmaConfig(half_life_images=0))
+    whole = replace(
+        align,
+        name="whole",
+        trains=("encoder", *behind),
+        losses=replace(losses, preservation=1.0),
+        rates=(PartRate("encoder", 0.1),),
+        ema=EmaConfig(half_life_images=4, ramp_up=None),
+    )
+    return align, whole, replace(align, name="decoder", trains=DECODER)
+
+
 def three_stages(losses: LossWeights = ALL_LOSSES, images: int = 4) -> tuple[StageConfig, ...]:
-    """The stages of AlignTok (arXiv 2509.25162): behind a frozen encoder, all of it kept near to what it was,
-    the decoder alone."""
+    """Behind a frozen encoder; all of it, kept near to what it was; the decoder alone."""
     return (
         stage(losses, name="behind", images=images),
         stage(replace(losses, preservation=1.0), name="whole", images=images, trains=EVERYTHING),

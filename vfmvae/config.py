@@ -16,9 +16,9 @@ from vfmvae.serialization import check_fields, from_dict, read_json
 from vfmvae.tokenizer import TokenizerConfig
 from vfmvae.tokenizer.decoder import INPUT_STRIDE
 from vfmvae.tokenizer.equivariance import check_equivariance
-from vfmvae.training.ema import EmaConfig
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.guard import SafetyConfig
+from vfmvae.training.rates import check_parts
 from vfmvae.training.stages import StageConfig, StagePlan
 from vfmvae.training.trackers import LogConfig
 
@@ -40,7 +40,6 @@ class TrainConfig:
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     discriminator: ProjectedDiscriminatorConfig = field(default_factory=ProjectedDiscriminatorConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -93,10 +92,31 @@ class TrainConfig:
                 f"stage {stage.name!r}: losses.alignment compares with the encoder's last layer;"
                 f" tokenizer.encoder.layers {self.tokenizer.encoder.layers} lacks -1"
             )
+        resolution = self.tokenizer.resolution
         try:
-            check_equivariance(stage.equivariance, self.tokenizer.resolution, INPUT_STRIDE)
+            check_equivariance(stage.equivariance, resolution, INPUT_STRIDE)
+            check_parts(stage.trains, stage.rates, resolution)
         except ValueError as error:
             raise ValueError(f"stage {stage.name!r}: {error}") from None
+        self._check_accumulation(stage)
+
+    def _check_accumulation(self, stage: StageConfig) -> None:
+        """Losses with an adaptive weight are kept apart while parts are accumulated; shards cannot be."""
+        engine, losses = self.engine, stage.losses
+        if engine.parallel != "fsdp" or engine.accumulate == 1:
+            return
+        if losses.alignment and losses.adaptive_alignment and "encoder" in stage.trains:
+            raise ValueError(
+                f"stage {stage.name!r} trains 'encoder', so losses.adaptive_alignment cannot be measured with"
+                f" engine.accumulate {engine.accumulate} and engine.parallel fsdp; use engine.accumulate 1 or"
+                f" engine.parallel ddp"
+            )
+        if losses.adaptive_adversarial:
+            raise ValueError(
+                f"stage {stage.name!r} has losses.adaptive_adversarial, which cannot be measured with"
+                f" engine.accumulate {engine.accumulate} and engine.parallel fsdp; use engine.accumulate 1 or"
+                f" engine.parallel ddp"
+            )
 
     def plan(self) -> StagePlan:
         """The stages in updates."""
@@ -128,6 +148,7 @@ def _check_same_stages(stages: Sequence[StageConfig], earlier: Sequence[StageCon
             ("trains", stage.trains, before.trains),
             ("optimizer.kind", stage.optimizer.kind, before.optimizer.kind),
             ("optimizer.betas", stage.optimizer.betas, before.optimizer.betas),
+            ("optimizer.implementation", stage.optimizer.implementation, before.optimizer.implementation),
         ):
             if a != b:
                 raise ValueError(

@@ -53,6 +53,7 @@ def demo() -> TrainConfig:
         images=4_800,
         losses=LossWeights(alignment=0.1),
         optimizer=fast,
+        ema=EmaConfig(half_life_images=200),
         equivariance=NO_EQUIVARIANCE,
     )
     sharpen = replace(
@@ -67,7 +68,6 @@ def demo() -> TrainConfig:
         stages=(reconstruct, sharpen),
         discriminator=ProjectedDiscriminatorConfig(backbone="mini", layers=(0, 2, 4, 6)),
         perceptual=PerceptualConfig(network="mini"),
-        ema=EmaConfig(half_life_images=200),
         batch_size=4,
         threads=1,
     )

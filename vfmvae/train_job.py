@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -14,13 +14,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vfmvae.config import TrainConfig
-from vfmvae.data import load_batches, open_data
+from vfmvae.data import Request, load_batches, open_data
 from vfmvae.discriminators import PatchDiscriminator, ProjectedDiscriminator
 from vfmvae.discriminators.blur import blur_sigma
 from vfmvae.discriminators.layers import group_count
 from vfmvae.losses.perceptual import LPIPS, VGG16, PerceptualNetwork, perceptual_network
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.parts import part_modules, set_trained
+from vfmvae.training.adaptive import LIMITS, AdaptiveWeight, Balanced
 from vfmvae.training.adversary import TERMS_OF, Adversary, PatchAdversary, ProjectedAdversary
 from vfmvae.training.companion import Companion
 from vfmvae.training.device import compute_dtype, keep_freed_memory, pick_device, set_precision
@@ -30,8 +31,14 @@ from vfmvae.training.ema import EMA, ema_beta
 from vfmvae.training.evaluation import HELD_OUT_IMAGES, Evaluation, evaluate
 from vfmvae.training.forward import Snapshot, TrainingForward
 from vfmvae.training.guard import BufferGuard, StepGuard
-from vfmvae.training.objective import AdaptiveWeight
-from vfmvae.training.optim import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
+from vfmvae.training.optim import (
+    OptimizerConfig,
+    build_optimizer,
+    learning_rate,
+    next_optimizer,
+    set_learning_rate,
+)
+from vfmvae.training.rates import parameter_groups
 from vfmvae.training.regions import (
     compile_blocks,
     decoder_blocks,
@@ -49,18 +56,6 @@ def run_device(config: TrainConfig) -> torch.device:
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def _next_optimizer(
-    config: OptimizerConfig, parameters: Sequence[nn.Parameter], earlier: torch.optim.Optimizer | None
-) -> torch.optim.Optimizer:
-    """A stage's optimizer, with the moments that an earlier one of the same class has."""
-    optimizer = build_optimizer(config, parameters)
-    if earlier is not None and type(earlier) is type(optimizer):
-        for parameter in parameters:
-            if parameter in earlier.state:
-                optimizer.state[parameter] = earlier.state[parameter]
-    return optimizer
 
 
 class Job:
@@ -98,7 +93,7 @@ class Job:
         self.ema = EMA(self.tokenizer, frozen)
         self.guard = self._guard()
         self.buffers = BufferGuard(self.tokenizer)
-        self.adaptive = AdaptiveWeight(self.device)
+        self.adaptive = {name: AdaptiveWeight(self.device, limit) for name, limit in LIMITS.items()}
         self.companions: list[Companion] = []
         self.snapshot: Snapshot | None = None
         self.place: Place | None = None
@@ -111,7 +106,7 @@ class Job:
             optimizers={a.name: a.optimizer for a in self.adversaries},
             others={
                 "ema": self.ema,
-                "adaptive_weight": self.adaptive,
+                **{f"adaptive_{name}": weight for name, weight in self.adaptive.items()},
                 "tokenizer_guard": self.guard,
                 **{f"{a.name}_guard": a.guard for a in self.adversaries},
             },
@@ -239,14 +234,13 @@ class Job:
         trained = set_trained(self.tokenizer, stage.trains)
         self.trained = list(trained.values())
         earlier = getattr(self, "optimizer", None)
-        self.optimizer = _next_optimizer(stage.optimizer, self.trained, earlier)
-        if stage.losses.alignment and stage.losses.adaptive_alignment:
-            self._check_adaptive(stage)
+        groups = parameter_groups(self.tokenizer, stage.trains, stage.rates)
+        self.optimizer = next_optimizer(stage.optimizer, self.trained, earlier, groups)
         self.playing = [
             a for a in self.adversaries if any(getattr(stage.losses, t) for t in TERMS_OF[a.name])
         ]
         for a in self.playing:
-            a.optimizer = _next_optimizer(stage.discriminator_optimizer, a.parameters, a.optimizer)
+            a.optimizer = next_optimizer(stage.discriminator_optimizer, a.parameters, a.optimizer)
             self.state.optimizers[a.name] = a.optimizer
         self.snapshot = Snapshot(self._copy()) if stage.losses.preservation else None
         self.state.optimizers["tokenizer"] = self.optimizer
@@ -266,20 +260,6 @@ class Job:
         copied = self._build_tokenizer(None)  # FSDP2 does not copy modules
         copied.load_state_dict(self.tokenizer.state_dict())
         return copied
-
-    def _check_adaptive(self, stage: StageConfig) -> None:
-        if not self.tokenizer.last_fusion_weight.requires_grad:
-            raise ValueError(
-                f"stage {stage.name!r} does not train 'fusion', so losses.adaptive_alignment has no gradient"
-                f" to compare; turn it off, or losses.alignment to 0"
-            )
-        parts = self.config.engine.accumulate
-        if self._sharded and parts > 1 and "encoder" in stage.trains:
-            raise ValueError(
-                f"stage {stage.name!r} trains 'encoder', so losses.adaptive_alignment cannot be measured with"
-                f" engine.accumulate {parts} and engine.parallel fsdp; use engine.accumulate 1 or"
-                f" engine.parallel ddp"
-            )
 
     def check_position(self, step: int, stage: int) -> None:
         """ValueError unless a run that did `step` updates, the last in `stage`, can go on by this plan."""
@@ -301,6 +281,7 @@ class Job:
         progress = self.plan.progress(place)
         rates = {"tokenizer": learning_rate(self.stage.optimizer, progress)}
         set_learning_rate(self.optimizer, rates["tokenizer"])
+        rates |= {rate.part: rate.factor * rates["tokenizer"] for rate in self.stage.rates}
         for adversary in self.playing:
             rate = learning_rate(self.stage.discriminator_optimizer, progress)
             set_learning_rate(adversary.optimizer, rate)
@@ -317,13 +298,13 @@ class Job:
     def batches(self, start: int) -> Generator[list[Tensor], None, None]:
         """This process's images of every step from `start` on: one uint8 [b, 3, R, R] per part."""
         accumulate = self.config.engine.accumulate
-        numbers = [
-            (step * world_size() + rank()) * accumulate + part
+        requests = (
+            Request((step * world_size() + rank()) * accumulate + part, self.plan.stage_of(step).crops)
             for step in range(start, self.plan.steps)
             for part in range(accumulate)
-        ]
+        )
         pin = self.device.type == "cuda"
-        loaded = load_batches(self.data, self.part_size, numbers, self.config.workers, pin)
+        loaded = load_batches(self.data, self.part_size, requests, self.config.workers, pin)
         for first in loaded:
             parts = [first, *(next(loaded) for _ in range(accumulate - 1))]
             yield [images.to(self.device, non_blocking=True) for images in parts]
@@ -382,24 +363,28 @@ class Job:
             gradients = [p.grad for p in self.trained if p.grad is not None]
             mean_over_ranks(*[g for g in gradients if not isinstance(g, DTensor)])
 
-    def measures_alignment(self) -> bool:
-        """Whether this step measures the adaptive weight of the alignment loss."""
-        every = self.config.engine.adaptive_every
-        return self.stage.losses.adaptive_alignment and self.state.step % every == 0
+    def is_adaptive(self, name: Balanced) -> bool:
+        """Whether the present stage has the adaptive weight of this name."""
+        losses = self.stage.losses
+        return losses.adaptive_alignment if name == "alignment" else losses.adaptive_adversarial
 
-    def alignment_factor(self, gradients: tuple[Tensor, Tensor] | None) -> Tensor:
-        """The factor of the alignment loss's weight, measured anew from gradients if they are given."""
-        if not self.stage.losses.adaptive_alignment:
+    def measures(self, name: Balanced) -> bool:
+        """Whether this step measures that weight."""
+        return self.is_adaptive(name) and self.state.step % self.config.engine.adaptive_every == 0
+
+    def factor(self, name: Balanced, gradients: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The adaptive weight, or 1; measured anew from gradients, times the loss's scale, if given."""
+        if not self.is_adaptive(name):
             return torch.ones((), device=self.device)
         if gradients is not None:
-            of_reconstruction, of_alignment = gradients
-            self.adaptive.measure(of_reconstruction / self.guard.scale, of_alignment / self.guard.scale)
-        return self.adaptive.ratio
+            of_reconstruction, of_loss = (gradient / self.guard.scale for gradient in gradients)
+            self.adaptive[name].measure(of_reconstruction, of_loss)
+        return self.adaptive[name].ratio
 
     def average(self) -> None:
         """Move the averaged weights towards the present ones."""
         seen = self.state.step * self.config.batch_size
-        self.ema.update(ema_beta(self.config.ema, self.config.batch_size, seen))
+        self.ema.update(ema_beta(self.stage.ema, self.config.batch_size, seen))
 
     def skips_in_a_row(self) -> int:
         """How many of the last updates were skipped, with none in between that was not; waits."""

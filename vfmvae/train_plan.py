@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vfmvae.config import TrainConfig
 from vfmvae.data import open_data
+from vfmvae.data.transforms import CropConfig
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.equivariance import Equivariance
 from vfmvae.tokenizer.parts import set_trained
@@ -37,6 +38,8 @@ def describe(config: TrainConfig, console: Console) -> None:
             f"  trains  {' '.join(stage.trains)} ({trained / 1e6:.1f} M parameters)", highlight=False
         )
         console.print(f"  losses  {losses(stage, config)}", highlight=False, soft_wrap=True)
+        for line in unusual(stage):
+            console.print(f"  {line}", highlight=False, soft_wrap=True)
     total = sum(p.numel() for p in tokenizer.parameters())
     console.print(
         f"{total / 1e6:.1f} M parameters in all, {plan.steps:,} updates of {config.batch_size} images"
@@ -63,6 +66,15 @@ def losses(stage: StageConfig, config: TrainConfig) -> str:
         if weight and term not in absent:
             shown.append(f"{term} {weight:g}{_when(schedules.get(term))}")
     return ", ".join(shown)
+
+
+def unusual(stage: StageConfig) -> Iterator[str]:
+    """What a stage has that most do not, a line each."""
+    if stage.rates:
+        yield f"rates   {', '.join(f'{rate.part} x {rate.factor:g}' for rate in stage.rates)}"
+    if stage.crops != CropConfig():
+        smallest, largest = stage.crops.side
+        yield f"crops   {smallest:g} to {largest:g} of the short side, mirrored with {stage.crops.flip:g}"
 
 
 def _when(schedule: TermSchedule | None) -> str:

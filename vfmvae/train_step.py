@@ -19,13 +19,20 @@ from torch import Tensor, nn
 
 from vfmvae.images import to_unit
 from vfmvae.tokenizer.equivariance import EQUIVARIANCE_UNIFORMS, draw_equivariance
+from vfmvae.tokenizer.style import share_of_part
 from vfmvae.train_job import Job
+from vfmvae.training.adaptive import (
+    BALANCED_TERMS,
+    Balanced,
+    DeferredLoss,
+    deferred_adversarial,
+    deferred_alignment,
+)
 from vfmvae.training.adversary import Adversary
 from vfmvae.training.distributed import mean_over_ranks
 from vfmvae.training.forward import StepOutput
 from vfmvae.training.guard import StepGuard, guarded_update
 from vfmvae.training.objective import (
-    DeferredAlignment,
     alignment_gradients,
     cut,
     decoder_backward,
@@ -33,6 +40,7 @@ from vfmvae.training.objective import (
     gradients_at,
     image_losses,
     latent_losses,
+    pair_at,
     weighted_sum,
 )
 from vfmvae.training.optim import gradient_norm, scale_gradients
@@ -53,6 +61,8 @@ class Part(NamedTuple):
 
     images: Tensor  # [b, 3, R, R] in [-1, 1]
     first: int  # its place in the global batch
+    number: int = 0  # among this process's parts
+    parts: int = 1  # how many these are
 
 
 def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float]) -> StepResult:
@@ -63,7 +73,10 @@ def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float
         weights: of the terms that are on in this step.
     """
     job.buffers.keep()
-    parts = [Part(to_unit(images), job.first_image(number)) for number, images in enumerate(batch)]
+    parts = [
+        Part(to_unit(images), job.first_image(number), number, len(batch))
+        for number, images in enumerate(batch)
+    ]
     shared = job.config.engine.share_forward and len(parts) == 1
     losses: dict[str, Tensor] = {}
     output = None
@@ -81,14 +94,21 @@ def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float
     return StepResult({**of_tokenizer, **losses}, skipped)
 
 
-def forward(job: Job, part: Part, weights: Mapping[str, float], stream: int) -> StepOutput:
-    """The tokenizer's forward of one part, with the draws of a stream."""
+def forward(
+    job: Job, part: Part, weights: Mapping[str, float], stream: int, average: bool = True
+) -> StepOutput:
+    """The tokenizer's forward of one part, with the draws of a stream.
+
+    `average`: the part counts in the running mean of the style, once in a step.
+    """
     draws = job.draws(part.first, stream)
     change = draw_equivariance(job.stage.equivariance, draws.shared(EQUIVARIANCE_UNIFORMS))
     side = round(part.images.shape[-1] * change.image_scale) // job.tokenizer.config.downsample
     noise = draws.normal((job.tokenizer.config.latent_channels, side, side))
     snapshot = job.snapshot if "preservation" in weights else None
-    return job.model(part.images, noise, change, "alignment" in weights, snapshot)
+    share = share_of_part(part.number, part.parts) if average else 0.0
+    with job.tokenizer.style.averaging(share):
+        return job.model(part.images, noise, change, "alignment" in weights, snapshot)
 
 
 @torch.no_grad()
@@ -100,7 +120,7 @@ def discriminator_images(
     Its draws are those of the tokenizer's forward, unless that is not to be shared.
     """
     stream = TOKENIZER if job.config.engine.share_forward else SECOND_FORWARD
-    outputs = [forward(job, part, {}, stream) for part in parts]
+    outputs = [forward(job, part, {}, stream, average=False) for part in parts]
     return [(output.images[0], output.targets) for output in outputs]
 
 
@@ -134,29 +154,32 @@ def generator_step(
     """
     for optimizer in (job.optimizer, *(c.optimizer for c in job.companions)):
         optimizer.zero_grad(set_to_none=True)
-    measured = "alignment" in weights and job.measures_alignment()
-    deferred = DeferredAlignment(job.tokenizer) if measured and len(parts) > 1 else None
+    for adversary in job.playing:
+        adversary.game.follow()
+    deferred = deferred_losses(job, weights) if len(parts) > 1 else {}
     found = []
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         with job.reducing(job.model, last):
             result = forward(job, part, weights, TOKENIZER) if output is None else output
-            found.append(generator_backward(job, part, result, weights, len(parts), deferred))
+            found.append(generator_backward(job, part, result, weights, deferred))
             if last:
                 job.settle_unused()
-    if deferred is not None:
-        deferred.add_to_gradients(weights["alignment"] * job.alignment_factor(deferred.gradients()))
+    for name, kept in deferred.items():
+        kept.add_to_gradients(job.factor(name, kept.gradients()))
     job.reduce_unsharded()
 
     losses = {name: torch.stack([f[name] for f in found]).mean() for name in found[0]}
     plain = {name: loss for name, loss in losses.items() if name in weights and name != "alignment"}
-    total = weighted_sum(plain, weights)
+    total = weighted_sum(plain, balanced_weights(job, weights))
     if total is None:  # schedules may leave a step without terms
         total = torch.zeros((), device=job.device)
     for companion in job.companions:
         total = total + companion.weight * losses[companion.name]
+    if job.is_adaptive("adversarial") and any(term in losses for term in BALANCED_TERMS):
+        losses["adversarial_factor"] = job.factor("adversarial").clone()
     if "alignment" in losses:
-        losses["alignment_factor"] = weights["alignment"] * job.alignment_factor(None)
+        losses["alignment_factor"] = weights["alignment"] * job.factor("alignment")
         total = total + losses["alignment_factor"] * losses["alignment"]
     for companion in job.companions:
         # Its losses went backward with the tokenizer's, and carry that scale, which the next line may move.
@@ -174,14 +197,13 @@ def generator_backward(
     part: Part,
     output: StepOutput,
     weights: Mapping[str, float],
-    parts: int,
-    deferred: DeferredAlignment | None,
+    deferred: Mapping[Balanced, DeferredLoss],
 ) -> dict[str, Tensor]:
-    """Backward of one part's losses, of which the update takes the mean over `parts`; returns the losses.
+    """Backward of one part's losses, of which the update takes the mean over parts; returns the losses.
 
-    With `deferred` the gradient of the alignment loss is kept apart: its weight depends on the other parts.
+    `deferred`: losses whose weight depends on the other parts; their gradients are kept apart there.
     """
-    scale = job.guard.scale / parts
+    scale = job.guard.scale / part.parts
     leaves = cut(output.images)
     of_images = image_losses(leaves, output.targets, weights, job.perceptual)
     at_images = gradients_at(leaves, weighted_sum(of_images, weights), scale)
@@ -189,21 +211,26 @@ def generator_backward(
     draws, adversarial = job.draws(part.first, GENERATOR), dict[str, Tensor]()
     for adversary in job.playing:
         adversarial |= adversary.game.generator_losses(leaves[0], output.targets, draws, job.blur(), weights)
-    at_image = gradients_at(leaves[:1], weighted_sum(adversarial, weights), scale)[0] if adversarial else None
+    at_image = None
+    if adversarial:
+        pair = leaves[0], at_images[0]
+        at_image = adversarial_gradient(job, output, pair, adversarial, weights, scale, deferred)
 
     aligned = output.alignment is not None
-    at_leaf = decoder_backward(output, at_images, at_image, aligned and job.measures_alignment())
+    at_leaf = decoder_backward(output, at_images, at_image, aligned and job.measures("alignment"))
     of_latents = latent_losses(output, weights)
     losses = {**of_images, **adversarial, **of_latents}
     if output.alignment is not None:
         losses["alignment"] = output.alignment
-        if deferred is not None:
-            deferred.add(output, at_leaf, scale)
+        if "alignment" in deferred:
+            assert at_leaf is not None
+            deferred["alignment"].add(output, output.alignment, scale.to(output.alignment.dtype))
+            deferred["alignment"].add_reconstruction(output.latents, at_leaf)
         else:
-            pair = None
+            gradients = None
             if at_leaf is not None:
-                pair = alignment_gradients(output, job.tokenizer.last_fusion_weight, at_leaf, scale)
-            factor = weights["alignment"] * job.alignment_factor(pair)
+                gradients = alignment_gradients(output, job.tokenizer.last_fusion_weight, at_leaf, scale)
+            factor = weights["alignment"] * job.factor("alignment", gradients)
             if output.alignment.requires_grad:
                 (scale * factor * output.alignment).backward()
     for companion in job.companions:
@@ -212,6 +239,59 @@ def generator_backward(
         losses |= {companion.name: read.of_latents, f"{companion.name}_own": read.own}
     encoder_backward(output, weighted_sum(of_latents, weights), scale)
     return {name: loss.detach() for name, loss in losses.items()}
+
+
+def adversarial_gradient(
+    job: Job,
+    output: StepOutput,
+    reconstruction: tuple[Tensor, Tensor],
+    losses: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    scale: Tensor,
+    deferred: Mapping[Balanced, DeferredLoss],
+) -> Tensor | None:
+    """Gradient of the adversarial losses at the reconstruction, each with its weight; None if all are kept
+    apart.
+
+    `reconstruction`: where the losses' graphs begin, and the gradient of the image losses there.
+    """
+    leaf, of_images = reconstruction
+    shared = BALANCED_TERMS if job.is_adaptive("adversarial") else ()
+    adaptive = {name: loss for name, loss in losses.items() if name in shared}
+    fixed = {name: loss for name, loss in losses.items() if name not in shared}
+    found = []
+    if adaptive:
+        (gradient,) = gradients_at([leaf], weighted_sum(adaptive, weights), scale, retain=bool(fixed))
+        image = output.images[0]
+        if "adversarial" in deferred:
+            deferred["adversarial"].add(output, image, gradient)
+            deferred["adversarial"].add_reconstruction(image, of_images)
+        else:
+            pair = None
+            if job.measures("adversarial"):
+                pair = pair_at(job.tokenizer.last_decoder_weight, image, (of_images, gradient))
+            found.append(job.factor("adversarial", pair) * gradient)
+    if fixed:
+        found += gradients_at([leaf], weighted_sum(fixed, weights), scale)
+    return torch.stack(found).sum(dim=0) if found else None
+
+
+def deferred_losses(job: Job, weights: Mapping[str, float]) -> dict[Balanced, DeferredLoss]:
+    """What to keep apart while a batch is accumulated: losses whose adaptive weight this step measures."""
+    kept: dict[Balanced, DeferredLoss] = {}
+    if "alignment" in weights and job.measures("alignment"):
+        kept["alignment"] = deferred_alignment(job.tokenizer, weights["alignment"])
+    if job.measures("adversarial") and any(term in weights for term in BALANCED_TERMS):
+        kept["adversarial"] = deferred_adversarial(job.tokenizer)
+    return kept
+
+
+def balanced_weights(job: Job, weights: Mapping[str, float]) -> Mapping[str, float | Tensor]:
+    """The weights of a step with the adaptive one of the adversarial losses in them."""
+    if not job.is_adaptive("adversarial"):
+        return weights
+    factor = job.factor("adversarial")
+    return {name: weight * factor if name in BALANCED_TERMS else weight for name, weight in weights.items()}
 
 
 def update(

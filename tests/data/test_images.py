@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from vfmvae.data import ImageFolder, Photographs, open_data, validation_batches
+from vfmvae.data.transforms import CropConfig
 
 
 def write(folder: Path, *names: str) -> Path:
@@ -85,6 +86,20 @@ def test_a_batch_depends_on_seed_and_position_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.cat([first["image"], second["image"]]), expected["image"])
     by_key = sorted(zip(expected["key"], expected["image"], strict=True), key=lambda pair: pair[0])
     assert not torch.equal(by_key[0][1], by_key[1][1]), "the crop is drawn anew in every epoch"
+
+
+def test_training_crops_keep_to_their_limits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("train/a.png", "val/b.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)).save(tmp_path / name)
+    whole, mirrored = (CropConfig(side=(1.0, 1.0), flip=flip) for flip in (0.0, 1.0))
+    train, validation = (ImageFolder(tmp_path, 16, split) for split in ("train", "validation"))
+    images = train.batch(0, 4, whole)["image"]
+    assert all(torch.equal(image, images[0]) for image in images)
+    assert torch.equal(train.batch(0, 4, mirrored)["image"], images.flip(-1))
+    assert not torch.equal(train.batch(0, 4)["image"], images)
+    assert torch.equal(validation.batch(0, 1, mirrored)["image"], validation.batch(0, 1)["image"])
 
 
 def test_the_hashed_split_is_a_small_stable_share(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tests.commands import save_image
-from vfmvae.data import ImageFolder, Photographs, load_batches, worker_deaths
+from vfmvae.data import ImageFolder, Photographs, Request, load_batches, worker_deaths
 from vfmvae.data.source import ImageBatch
+from vfmvae.data.transforms import CropConfig
 
 
 @pytest.fixture
@@ -26,14 +27,29 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def first(count: int) -> Iterator[Request]:
+    return map(Request, range(count))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_in_the_order_that_was_asked(workers: int) -> None:
     source, numbers = Photographs("train", 32, seed=3), [5, 0, 7, 7, 2]
-    found = list(load_batches(source, 3, numbers, workers, pin=False))
+    found = list(load_batches(source, 3, map(Request, numbers), workers, pin=False))
     assert len(found) == len(numbers)
     for number, batch in zip(numbers, found, strict=True):
         assert batch.dtype == torch.uint8
         assert torch.equal(batch, source.batch(number, 3)["image"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_batch_is_cut_as_it_was_asked(workers: int, folder: Path) -> None:
+    whole, published = CropConfig(side=(1.0, 1.0), flip=0.0), CropConfig()
+    source, requests = ImageFolder(folder, 32), [Request(n, (whole, published)[n // 3]) for n in range(6)]
+    found = list(load_batches(source, 2, requests, workers, pin=False))
+    for (number, crops), batch in zip(requests, found, strict=True):
+        other = published if crops == whole else whole
+        assert torch.equal(batch, source.batch(number, 2, crops)["image"])
+        assert not torch.equal(batch, source.batch(number, 2, other)["image"])
 
 
 def read(source: ImageFolder, pixels: multiprocessing.SimpleQueue[bytes]) -> None:
@@ -66,7 +82,7 @@ def test_an_unreadable_image_is_a_plain_sentence_in_its_turn(workers: int, folde
     source = ImageFolder(folder, 32)
     order = [source.batch(n, 1)["key"][0] for n in range(len(source))]
     (folder / order[2]).write_bytes(b"no image")
-    with closing(load_batches(source, 1, range(len(source)), workers, pin=False)) as batches:
+    with closing(load_batches(source, 1, first(len(source)), workers, pin=False)) as batches:
         assert len([next(batches), next(batches)]) == 2, "those before it are read"
         with pytest.raises(ValueError) as raised:
             next(batches)
@@ -83,7 +99,7 @@ class Endless:
     def __len__(self) -> int:
         return 1
 
-    def batch(self, step: int, batch_size: int) -> ImageBatch:
+    def batch(self, step: int, batch_size: int, crops: CropConfig) -> ImageBatch:
         if step:
             signal.pause()
         return {"image": torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "label": torch.zeros(1), "key": [""]}
@@ -99,7 +115,7 @@ def test_a_worker_that_is_killed_is_reported() -> None:
     with (
         pytest.raises(ChildProcessError, match=message),
         worker_deaths(),
-        closing(load_batches(Endless(), 1, range(9), 1, pin=False)) as batches,
+        closing(load_batches(Endless(), 1, first(9), 1, pin=False)) as batches,
     ):
         (worker,) = workers_of(batches)
         os.kill(worker, signal.SIGKILL)
@@ -108,7 +124,7 @@ def test_a_worker_that_is_killed_is_reported() -> None:
 
 def test_closing_ends_the_workers() -> None:
     before = multiprocessing.active_children()
-    with closing(load_batches(Photographs("train", 32), 1, range(99), 2, pin=False)) as batches:
+    with closing(load_batches(Photographs("train", 32), 1, first(99), 2, pin=False)) as batches:
         assert len(workers_of(batches)) == 2 + len(before)
     assert multiprocessing.active_children() == before
 
@@ -116,7 +132,7 @@ def test_closing_ends_the_workers() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stop_signals_are_the_parents_business(number: signal.Signals) -> None:
     source = Photographs("train", 32)
-    with closing(load_batches(source, 1, range(40), 2, pin=False)) as batches:
+    with closing(load_batches(source, 1, first(40), 2, pin=False)) as batches:
         for worker in workers_of(batches):
             os.kill(worker, number)
         rest = list(batches)

@@ -12,7 +12,16 @@ import torch
 from PIL import Image
 
 from vfmvae.data import ImageSource, Photographs, photographs, validation_batches
-from vfmvae.data.photographs import PHOTOGRAPHS, SCENES, VALIDATION_CROPS, data_folder, pyramid, region
+from vfmvae.data.photographs import (
+    PHOTOGRAPHS,
+    SCENES,
+    VALIDATION_CROPS,
+    data_folder,
+    levels_within,
+    pyramid,
+    region,
+)
+from vfmvae.data.transforms import CropConfig
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +133,44 @@ def test_pyramids_go_down_to_the_resolution_in_even_steps() -> None:
     levels = pyramid(Image.new("RGB", (600, 256), "red"), 64)
     assert [min(level.shape[:2]) for level in levels] == [256, 215, 181, 152, 128, 108, 91, 76, 64]
     assert all(level.shape[1] / level.shape[0] == pytest.approx(600 / 256, rel=0.01) for level in levels)
+
+
+def test_the_default_crops_are_drawn_from_all_levels(train: Photographs) -> None:
+    for index in range(40):
+        rng = np.random.default_rng((0, index))
+        number = int(rng.integers(len(PHOTOGRAPHS)))
+        levels = pyramid(region(PHOTOGRAPHS[number], "train"), 64)
+        level = levels[int(rng.integers(len(levels)))]
+        top, left = (int(rng.integers(size - 64 + 1)) for size in level.shape[:2])
+        pixels = level[top : top + 64, left : left + 64]
+        expected = pixels[:, ::-1] if rng.random() < 0.5 else pixels
+        assert np.array_equal(train.crop(index).pixels, expected)
+
+
+def test_a_range_of_sides_is_a_range_of_levels() -> None:
+    levels = pyramid(Image.new("RGB", (600, 256), "red"), 64)  # nine, at 0.5, 0.545, 0.595, ... 0.917, 1
+
+    def shorts(*side: float) -> list[int]:
+        return [min(level.shape[:2]) for level in levels_within(levels, side)]
+
+    assert shorts(0.5, 1.0) == shorts(0.1, 1.0) == [256, 215, 181, 152, 128, 108, 91, 76, 64]
+    assert shorts(1.0, 1.0) == [64], "the whole short side"
+    assert shorts(0.7, 0.9) == [128, 108, 91]
+    assert shorts(0.1, 0.2) == [256], "nothing is sharper"
+    assert shorts(0.66, 0.67) == [152], "the nearest"
+    assert levels_within(levels[:1], (0.5, 0.6)) == levels[:1]
+
+
+def test_training_crops_keep_to_their_limits(train: Photographs, validation: Photographs) -> None:
+    whole = CropConfig(side=(1.0, 1.0), flip=0.0)
+    for index in range(40):
+        crop = train.crop(index, whole)
+        width, height = map(int, re.search(r" (\d+)x(\d+)\+", crop.key).groups())  # type: ignore[union-attr]
+        assert min(width, height) == 64
+        mirrored = train.crop(index, CropConfig(side=(1.0, 1.0), flip=1.0))
+        assert np.array_equal(mirrored.pixels, crop.pixels[:, ::-1])
+    held_out = (validation.batch(0, 20, crops)["image"] for crops in (CropConfig(), whole))
+    assert torch.equal(*held_out), "validation has no part in it"
 
 
 def test_small_strips_are_enlarged() -> None:

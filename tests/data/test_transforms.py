@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vfmvae.data.transforms import as_rgb, centre_crop, random_crop
+from vfmvae.data.transforms import CropConfig, as_rgb, centre_crop, random_crop
 
 
 def ramp(width: int, height: int) -> Image.Image:
@@ -108,3 +108,42 @@ def test_random_crops_follow_the_published_augmentation() -> None:
 def test_the_crop_of_a_generator_is_reproducible() -> None:
     one, same, other = (random_crop(ramp(50, 70), 16, np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
+
+
+def test_the_default_crop_is_that_of_the_published_draws() -> None:
+    image = ramp(50, 70)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        side = 50 * rng.uniform(0.5, 1.0)
+        left, top = rng.uniform(0, 50 - side), rng.uniform(0, 70 - side)
+        box = (left, top, min(left + side, 50), min(top + side, 70))
+        expected = np.asarray(image.resize((16, 16), Image.Resampling.LANCZOS, box=box))
+        expected = expected[:, ::-1] if rng.random() < 0.5 else expected
+        assert np.array_equal(random_crop(image, 16, np.random.default_rng(seed)), expected)
+
+
+def test_crops_keep_to_their_limits() -> None:
+    image, rng = ramp(240, 120), np.random.default_rng(0)
+    crops = CropConfig(side=(0.25, 0.4), flip=0.9)
+    cut = np.stack([random_crop(image, 30, rng, crops) for _ in range(300)]).astype(float)
+    across = (cut[:, 5:-5, -6, 0] - cut[:, 5:-5, 5, 0]).mean(axis=1) / 19 * 30
+    assert 29 < np.abs(across).min() < 32 and 46 < np.abs(across).max() < 49
+    assert abs((across < 0).mean() - 0.9) < 0.06
+    (whole,) = {random_crop(ramp(40, 40), 20, rng, CropConfig(side=(1, 1), flip=0)).tobytes() for _ in "abc"}
+    assert whole == centre_crop(ramp(40, 40), 20).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"side": (0.0, 1.0)}, r"crops.side is \(0.0, 1.0\); needed are a smallest and a largest share"),
+        ({"side": (0.5, 1.1)}, "crops.side is"),
+        ({"side": (0.9, 0.8)}, "crops.side is"),
+        ({"side": (0.9,)}, r"crops.side is \[0.9\]; needed is a list of 2"),
+        ({"flip": -0.1}, "crops.flip is -0.1; it is a probability, from 0 to 1"),
+        ({"flip": 1.5}, "crops.flip is 1.5"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CropConfig(**change)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from tests.tiny_runs import ALL_LOSSES, raise_layer_scales, stage, tiny
 from vfmvae.train_job import Job
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.optim import OptimizerConfig
+from vfmvae.training.rates import PartRate
 from vfmvae.training.stages import LossWeights, StageConfig, TermSchedule
 
 # No L1 and a low rate: signs that flip, and large steps, would enlarge rounding from step to step.
@@ -47,11 +48,13 @@ class Scenario:
         return built
 
 
-ALL_TRAINED = plain(replace(PLAIN, preservation=1.0), name="all", trains=WITH_ENCODER)
+RATES = (PartRate("encoder", 0.5), PartRate("decoder>16", 2.0))
+ALL_TRAINED = plain(replace(PLAIN, preservation=1.0), name="all", trains=WITH_ENCODER, rates=RATES)
 TWO_STAGES = (plain(name="frozen encoder"), ALL_TRAINED)
 LATE_ALIGNMENT = (plain(schedules=(TermSchedule(term="alignment", start=500),)),)
 LARGE_IMAGES = (plain(replace(PLAIN, alignment=0.0), trains=("decoder>16",)),)
 GAME = (plain(replace(ALL_LOSSES, r1=0.1), discriminator_optimizer=SLOW),)
+BALANCED = (plain(replace(ALL_LOSSES, adaptive_adversarial=True), discriminator_optimizer=SLOW),)
 
 WHOLE = EngineConfig()
 FSDP = EngineConfig(parallel="fsdp")
@@ -59,9 +62,11 @@ IN_PARTS = EngineConfig(accumulate=2)
 FSDP_IN_PARTS = EngineConfig(parallel="fsdp", accumulate=2)
 
 
-def game(batch_size: int = 16, engine: EngineConfig = WHOLE) -> Scenario:
+def game(
+    batch_size: int = 16, engine: EngineConfig = WHOLE, stages: tuple[StageConfig, ...] = GAME
+) -> Scenario:
     """All losses. The discriminators' batch norms see 8 images at a time, and enlarge the last digits."""
-    return Scenario(GAME, batch_size, steps=1, engine=engine, tolerance=5e-5)
+    return Scenario(stages, batch_size, steps=1, engine=engine, tolerance=5e-5)
 
 
 SCENARIOS = {
@@ -71,6 +76,8 @@ SCENARIOS = {
     ),
     "ddp, game": game(),
     "ddp, game in parts": game(32, IN_PARTS),
+    "ddp, balanced game": game(stages=BALANCED),
+    "ddp, balanced game in parts": game(32, IN_PARTS, BALANCED),
     "ddp, two stages": Scenario(TWO_STAGES),
     "ddp, late alignment": Scenario(LATE_ALIGNMENT),
     "ddp, part of the decoder": Scenario(LARGE_IMAGES),
@@ -78,6 +85,7 @@ SCENARIOS = {
     "fsdp in parts": Scenario(engine=FSDP_IN_PARTS),
     "fsdp, game": game(engine=FSDP),
     "fsdp, game in parts": game(32, FSDP_IN_PARTS),
+    "fsdp, balanced game": game(engine=FSDP, stages=BALANCED),
     "fsdp, two stages": Scenario(TWO_STAGES, engine=FSDP),
     "fsdp, recomputed and clipped": Scenario(engine=replace(FSDP, recompute=True, clip_norm=0.5)),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.tokenizer.tiny import tiny_tokenizer
-from vfmvae.tokenizer.parts import PARTS, part_modules, set_trained
+from vfmvae.tokenizer.parts import PARTS, module_names, part_modules, set_trained
 
 
 def test_every_parameter_is_in_exactly_one_part() -> None:
@@ -29,6 +29,13 @@ def test_blocks_above_a_size(above: int, first: int) -> None:
     trained = set_trained(tiny_tokenizer(), (f"decoder>{above}",))
     assert {name.split(".")[2] for name in trained} == {str(n) for n in range(first, 6)}
     assert all(name.startswith("decoder.blocks.") for name in trained)
+
+
+def test_parts_that_overlap_have_modules_in_common() -> None:
+    above = [set(module_names(f"decoder>{limit}", 64)) for limit in (1, 8, 32)]
+    assert set(module_names("decoder", 64)) == above[0] > above[1] > above[2] == {"decoder.blocks.5"}
+    assert module_names("decoder>8", 128) == tuple(f"decoder.blocks.{n}" for n in (2, 3, 4, 5))
+    assert all(module_names(part, 64) == (part,) for part in PARTS if part != "decoder")
 
 
 @pytest.mark.parametrize(

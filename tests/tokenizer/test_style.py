@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vfmvae.tokenizer.style import EqualizedLinear, StyleMapping, StyleSplit
+from vfmvae.tokenizer.style import EqualizedLinear, StyleMapping, StyleSplit, share_of_part
 
 
 def test_equalised_layers_start_at_unit_scale() -> None:
@@ -33,6 +33,29 @@ def test_average_follows_training_and_truncation_leads_to_it() -> None:
     torch.testing.assert_close(mapping(z, truncation=0.0), before.expand(8, 4))
     torch.testing.assert_close(mapping(z, truncation=0.5), (before + style) / 2)
     assert torch.equal(mapping.average, before)
+
+
+def test_parts_of_a_batch_move_the_average_as_the_whole_does() -> None:
+    mapping = StyleMapping(6, 4).double().train()
+    mapping.average.copy_(torch.randn(4))
+    before, z = mapping.average.clone(), torch.randn(12, 6, 2, 2, dtype=torch.float64)
+    for parts in (1, 2, 3, 12):
+        mapping.average.copy_(before)
+        for number, part in enumerate(z.chunk(parts)):
+            with mapping.averaging(share_of_part(number, parts)):
+                mapping(part)
+        expected = 0.995 * before + 0.005 * mapping.eval()(z).mean(dim=0)
+        mapping.train()
+        torch.testing.assert_close(mapping.average, expected, rtol=1e-14, atol=1e-15)
+
+
+def test_a_forward_may_leave_the_average_alone() -> None:
+    mapping, z = StyleMapping(6, 4).train(), torch.randn(8, 6, 2, 2)
+    with mapping.averaging(0.0):
+        mapping(z)
+    assert not mapping.average.any()
+    mapping(z)
+    assert mapping.average.any(), "afterwards it moves as before"
 
 
 def test_pooled_cells_are_concatenated() -> None:

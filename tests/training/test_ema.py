@@ -58,7 +58,12 @@ def test_early_the_half_life_is_a_share_of_the_images_seen() -> None:
     assert ema_beta(config, 512, 3_199_999) < ema_beta(config, 512, 3_200_000)
 
 
-@pytest.mark.parametrize("change", [{"half_life_images": 0}, {"ramp_up": 0.0}, {"ramp_up": float("nan")}])
+def test_without_a_half_life_nothing_is_remembered() -> None:
+    for ramp_up in (0.05, None):
+        assert ema_beta(EmaConfig(half_life_images=0, ramp_up=ramp_up), 512, 10**9) == 0.0
+
+
+@pytest.mark.parametrize("change", [{"half_life_images": -1.0}, {"ramp_up": 0.0}, {"ramp_up": float("nan")}])
 def test_wrong_settings_are_named(change: dict[str, float]) -> None:
     (name,) = change
     with pytest.raises(ValueError, match=f"ema.{name} is"):

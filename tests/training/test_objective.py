@@ -10,13 +10,13 @@ from tests.tokenizer.tiny import tiny_tokenizer
 from vfmvae.tokenizer.equivariance import Equivariance
 from vfmvae.training.forward import StepOutput, TrainingForward
 from vfmvae.training.objective import (
-    AdaptiveWeight,
     alignment_gradients,
     cut,
     decoder_backward,
     encoder_backward,
     gradients_at,
     image_losses,
+    pair_at,
     weighted_sum,
 )
 
@@ -43,6 +43,13 @@ def test_gradients_are_zero_where_nothing_depends() -> None:
     found = gradients_at([first, second], first.square().sum(), torch.tensor(4.0))
     assert [g.tolist() for g in found] == [[8.0, 8.0], [0.0, 0.0, 0.0]]
     assert [g.sum() for g in gradients_at([first, second], None, ONE)] == [0, 0]
+
+
+def test_a_graph_may_be_kept_for_another_gradient() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    loss = leaf.square().sum()
+    found = [gradients_at([leaf], loss, ONE, retain)[0].tolist() for retain in (True, False)]
+    assert found == [[2.0, 2.0], [2.0, 2.0]]
 
 
 def output_of(align: bool = True) -> tuple[StepOutput, Tensor]:
@@ -101,13 +108,7 @@ def test_the_two_gradients_at_the_last_fusion_weight() -> None:
     torch.testing.assert_close(found[1], 3 * of_alignment)
 
 
-def test_the_adaptive_weight_is_the_ratio_of_norms_and_survives_nan() -> None:
-    weight = AdaptiveWeight(torch.device("cpu"))
-    assert weight.ratio == 1
-    weight.measure(torch.full((4,), 3.0), torch.full((4,), 0.5))
-    assert weight.ratio.item() == pytest.approx(6.0, rel=1e-3)
-    weight.measure(torch.full((4,), torch.nan), torch.ones(4))
-    assert weight.ratio.item() == pytest.approx(6.0, rel=1e-3)
-    other = AdaptiveWeight(torch.device("cpu"))
-    other.load_state_dict(weight.state_dict())
-    assert other.ratio == weight.ratio
+def test_two_gradients_are_carried_on_to_a_weight() -> None:
+    weight, x = torch.tensor([2.0, 3.0], requires_grad=True), torch.tensor([5.0, 7.0])
+    found = pair_at(weight, weight * x, (torch.tensor([1.0, 1.0]), torch.tensor([0.0, -1.0])))
+    assert [gradient.tolist() for gradient in found] == [[5.0, 7.0], [0.0, -7.0]]

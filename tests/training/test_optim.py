@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from vfmvae.training.optim import (
+    Group,
     OptimizerConfig,
     build_optimizer,
     gradient_norm,
     learning_rate,
+    next_optimizer,
     scale_gradients,
     set_learning_rate,
 )
@@ -45,6 +48,44 @@ def test_the_rate_is_set_for_every_parameter() -> None:
     a.grad = b.grad = torch.ones(1)
     optimizer.step()
     assert (a.item(), b.item()) == (-0.25, -0.25)
+
+
+def test_groups_have_a_factor_of_the_rate() -> None:
+    config = OptimizerConfig(learning_rate=0.2, betas=(0.5, 0.9), eps=1e-3)
+    parameters = [nn.Parameter(torch.randn(4)) for _ in range(3)]
+    slow = Group("slow", 0.1)
+    optimizer = build_optimizer(config, parameters, {parameters[0]: slow, parameters[2]: slow})
+    for rate in (None, 0.05):
+        if rate is not None:
+            set_learning_rate(optimizer, rate)
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        full = rate or 0.2
+        assert [rates[id(p)] for p in parameters] == pytest.approx([0.1 * full, full, 0.1 * full])
+    starts, gradients = [p.detach().clone() for p in parameters], torch.randn(3, 4)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    for number, factor in enumerate((0.1, 1.0, 0.1)):
+        own = replace(config, learning_rate=0.05 * factor)
+        by_hand = adam_by_hand(own, starts[number], [gradients[number]])
+        torch.testing.assert_close(parameters[number].detach().double(), by_hand, rtol=1e-5, atol=1e-7)
+
+
+def test_a_next_optimizer_knows_what_the_earlier_did() -> None:
+    config = OptimizerConfig(learning_rate=0.1, betas=(0.9, 0.99))
+    old, new = (nn.Parameter(torch.randn(4)) for _ in range(2))
+    start, gradients = old.detach().clone(), list(torch.randn(4, 4))
+    optimizer = build_optimizer(config, [old])
+    for number, gradient in enumerate(gradients):
+        if number == 2:
+            optimizer = next_optimizer(config, [old, new], optimizer, {old: Group("old"), new: Group("new")})
+        old.grad, new.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+    expected = adam_by_hand(config, start, gradients)
+    torch.testing.assert_close(old.detach().double(), expected, rtol=1e-5, atol=1e-6)
+    assert (optimizer.state[old]["step"], optimizer.state[new]["step"]) == (4, 2)
+    other = next_optimizer(replace(config, kind="adamw"), [old], optimizer)
+    assert not other.state, "another class begins anew"
 
 
 def adam_by_hand(config: OptimizerConfig, start: Tensor, gradients: list[Tensor]) -> Tensor:
@@ -124,6 +165,13 @@ class FusedAdam(torch.optim.SGD):
         super().__init__(params, lr=lr)
         self.seen = dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps,
                          adam_w_mode=adam_w_mode, weight_decay=weight_decay, amsgrad=amsgrad)
+
+    def step(self):
+        # It counts in its groups.
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                self.state[parameter] = {"exp_avg": parameter.grad.clone()}
 """
 
 
@@ -162,6 +210,22 @@ def test_apex_is_given_every_setting(apex_folder: Path, kind: Literal["adam", "a
         "weight_decay": 0.3,
         "amsgrad": False,
     }
+
+
+def test_apex_goes_on_counting_where_an_earlier_one_stopped(apex_folder: Path) -> None:
+    put_apex(apex_folder, FAKE_APEX)
+    config = OptimizerConfig(implementation="apex", learning_rate=0.5)
+    old, new = (OnCuda(torch.zeros(2)) for _ in range(2))
+    old.grad = new.grad = torch.ones(2)
+    groups = {old: Group("old"), new: Group("new", 0.5)}
+    optimizer = build_optimizer(config, [old], groups)
+    for _ in range(3):
+        optimizer.step()
+    following = next_optimizer(config, [old, new], optimizer, groups)
+    assert following.state[old]["exp_avg"].tolist() == [1.0, 1.0] and new not in following.state
+    following.step()
+    found = {group["params"][0]: (group["step"], group["lr"]) for group in following.param_groups}
+    assert found == {old: (4, 0.5), new: (1, 0.25)}
 
 
 @pytest.mark.parametrize("optimizers", [None, FAKE_APEX])

@@ -7,6 +7,8 @@ import pytest
 from tests.tiny_runs import stage
 from vfmvae.training.stages import LossWeights, Place, StageConfig, StagePlan, TermSchedule
 
+ADAPTIVE = LossWeights(adversarial=1.0, adaptive_adversarial=True)
+
 
 def stages(*images: int) -> tuple[StageConfig, ...]:
     return tuple(stage(name=str(number), images=each) for number, each in enumerate(images))
@@ -68,6 +70,14 @@ def test_terms_are_on_when_their_schedule_says_so() -> None:
         ({"images": 0}, "stage 'train': images is 0; it must be at least 1"),
         ({"trains": ()}, "stage 'train' trains nothing"),
         ({"losses": LossWeights(alignment=0.0)}, "trains 'align', which only losses.alignment reads"),
+        (
+            {"trains": ("align", "decoder")},
+            "stage 'train' does not train 'fusion', so losses.adaptive_alignment has no gradient",
+        ),
+        (
+            {"trains": ("fusion", "align", "style"), "losses": ADAPTIVE},
+            "stage 'train' does not train the decoder's last block, so losses.adaptive_adversarial has no",
+        ),
         ({"blur_sigma": -1.0}, "blur_sigma -1.0 and blur_images 0 must not be negative"),
     ],
 )
@@ -80,6 +90,11 @@ def test_losses_that_cannot_train_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no loss asks for a reconstruction; give one of losses\.\{l1,l2,"):
         LossWeights(l1=0, multiscale_l1=0)
     assert LossWeights(l1=0, multiscale_l1=0, adversarial=1.0).adversarial == 1.0
+    with pytest.raises(ValueError, match="adaptive_adversarial balances losses.adversarial and losses.patch"):
+        LossWeights(adaptive_adversarial=True, feature_matching=1.0)
+    message = r"adaptive_adversarial compares with the image losses; give one of losses.\{l1,l2,perceptual,"
+    with pytest.raises(ValueError, match=message):
+        LossWeights(adaptive_adversarial=True, adversarial=1.0, l1=0.0)
     with pytest.raises(ValueError, match="losses.r1 is 0.5, which penalises the discriminator of losses.adv"):
         LossWeights(r1=0.5)
     with pytest.raises(ValueError, match="names the loss 'l3', which does not exist; known: l1, l2, "):

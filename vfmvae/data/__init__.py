@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vfmvae.data.images import ImageFolder, open_data
-from vfmvae.data.loader import load_batches, worker_deaths
+from vfmvae.data.loader import Request, load_batches, worker_deaths
 from vfmvae.data.photographs import Photographs
 from vfmvae.data.source import ImageBatch, ImageSource, Split, validation_batches
 
@@ -12,6 +12,7 @@ __all__ = [
     "ImageFolder",
     "ImageSource",
     "Photographs",
+    "Request",
     "Split",
     "load_batches",
     "open_data",

@@ -6,8 +6,8 @@
 
 Without such a folder about a twentieth of the files is held out, chosen by a hash of each file's relative
 name: the choice is the same on every machine and stays when files are added. Training visits every file once
-per epoch in an order drawn from (seed, epoch); crop and mirroring are drawn from (seed, position). Validation
-is centre crops in order.
+per epoch in an order drawn from (seed, epoch); crop and mirroring are drawn from (seed, position), within the
+limits of a CropConfig. Validation is centre crops in order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import hashlib
 import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from PIL import Image
 
 from vfmvae.data.photographs import Photographs
 from vfmvae.data.source import ImageBatch, ImageSource, Split, check_split_and_resolution, collate, positions
-from vfmvae.data.transforms import as_rgb, centre_crop, random_crop
+from vfmvae.data.transforms import PUBLISHED_CROPS, CropConfig, as_rgb, centre_crop, random_crop
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 VALIDATION_FOLDERS = ("val", "validation")
@@ -61,13 +61,13 @@ class ImageFolder:
         """Images in this split."""
         return len(self.files)
 
-    def batch(self, step: int, batch_size: int) -> ImageBatch:
+    def batch(self, step: int, batch_size: int, crops: CropConfig = PUBLISHED_CROPS) -> ImageBatch:
         """Images step * batch_size and following: image uint8 [B, 3, R, R], label int64 [B], key."""
         chosen = positions(step, batch_size, self.split, len(self))
         numbers = [self._file_number(position) for position in chosen]
-        crops = list(self._threads().map(self._crop, chosen, numbers))
+        images = list(self._threads().map(partial(self._crop, crops), chosen, numbers))
         keys = [self.files[number].relative_to(self.path).as_posix() for number in numbers]
-        return collate(crops, [self._labels[number] for number in numbers], keys)
+        return collate(images, [self._labels[number] for number in numbers], keys)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
@@ -86,11 +86,11 @@ class ImageFolder:
         epoch, place = divmod(position, len(self))
         return int(_epoch_order(self.seed, epoch, len(self))[place])
 
-    def _crop(self, position: int, number: int) -> np.ndarray:
+    def _crop(self, crops: CropConfig, position: int, number: int) -> np.ndarray:
         image = read_image(self.files[number])
         if self.split == "validation":
             return centre_crop(image, self.resolution)
-        return random_crop(image, self.resolution, np.random.default_rng((self.seed, position)))
+        return random_crop(image, self.resolution, np.random.default_rng((self.seed, position)), crops)
 
 
 def open_data(path: str | None, split: Split, resolution: int, seed: int = 0) -> ImageSource:

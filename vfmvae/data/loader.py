@@ -1,23 +1,32 @@
 """Batches ahead of time: worker processes read a run's next batches while the device computes.
 
-Which images a batch holds depends on its position alone, so neither the number of workers nor a restart
-changes what a run sees.
+Which images a batch holds depends on its number and its crops alone, so neither the number of workers nor a
+restart changes what a run sees.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vfmvae.data.source import ImageSource
+from vfmvae.data.transforms import PUBLISHED_CROPS, CropConfig
+
+
+class Request(NamedTuple):
+    """A batch by its number, and how its images are cut."""
+
+    number: int
+    crops: CropConfig = PUBLISHED_CROPS
 
 
 class _Batches(Dataset[Tensor | ValueError]):
-    """Batch number n of a source as one tensor, or why there is none.
+    """The batch of a source that is asked for as one tensor, or why there is none.
 
     An error that a worker process raised would arrive here with a traceback as its sentence.
     """
@@ -26,17 +35,17 @@ class _Batches(Dataset[Tensor | ValueError]):
         self.source = source
         self.batch_size = batch_size
 
-    def __getitem__(self, position: int) -> Tensor | ValueError:
+    def __getitem__(self, asked: Request) -> Tensor | ValueError:
         try:
-            return self.source.batch(position, self.batch_size)["image"]
+            return self.source.batch(asked.number, self.batch_size, asked.crops)["image"]
         except ValueError as error:
             return error
 
 
 def load_batches(
-    source: ImageSource, batch_size: int, numbers: list[int] | range, workers: int, pin: bool
+    source: ImageSource, batch_size: int, requests: Iterable[Request], workers: int, pin: bool
 ) -> Generator[Tensor, None, None]:
-    """Images uint8 [B, 3, R, R] of the batches with these numbers, in this order.
+    """Images uint8 [B, 3, R, R] of the batches that are asked for, in this order.
 
     Args:
         workers: reading processes; 0 reads in this one.
@@ -48,7 +57,7 @@ def load_batches(
     loader = DataLoader(
         _Batches(source, batch_size),
         batch_size=None,
-        sampler=numbers,
+        sampler=requests,
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,

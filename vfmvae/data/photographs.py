@@ -6,6 +6,10 @@ chosen for its content; the stereo pair is cut at the same row, which rectificat
 
 Each region becomes a pyramid of Lanczos-resized copies, a quarter octave apart, down to the asked resolution.
 A crop is a slice of one level: as sharp as Lanczos makes it, and as cheap as a copy.
+
+The range of a crop's side (`CropConfig.side`) chooses among the levels. Since a photograph has sizes of its
+own, 0.5 stands for its first level, where a crop is sharpest, 1 for its last, where a crop is the whole short
+side, and what is between for the levels between, evenly in log scale. So the default (0.5, 1) is every level.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from vfmvae.data.source import ImageBatch, Split, check_split_and_resolution, collate, positions
-from vfmvae.data.transforms import as_rgb
+from vfmvae.data.transforms import PUBLISHED_CROPS, CropConfig, as_rgb
 
 HELD_OUT_SHARE = 0.25
 LEVELS_PER_OCTAVE = 4
@@ -69,9 +73,10 @@ class Photographs:
     """Square crops of the embedded photographs, as an `ImageSource`.
 
     Training is endless: crop i takes a photograph, a pyramid level, a place and a mirror image at random from
-    (seed, i). Validation is one fixed list from the held-out strips, the same for every seed, in rounds over
-    the photographs so that any beginning of it shows all of them. Labels are scenes (`classes`).
-    Regions smaller than the resolution are enlarged: the strips are 75 to 353 pixels wide.
+    (seed, i), within the limits of a CropConfig. Validation is one fixed list from the held-out strips, the
+    same for every seed, in rounds over the photographs so that any beginning of it shows all of them. Labels
+    are scenes (`classes`). Regions smaller than the resolution are enlarged: the strips are 75 to 353 pixels
+    wide.
     """
 
     classes = SCENES
@@ -87,22 +92,24 @@ class Photographs:
         """Photographs when training; crops of the fixed list when validating."""
         return len(PHOTOGRAPHS) * (1 if self.split == "train" else VALIDATION_CROPS)
 
-    def batch(self, step: int, batch_size: int) -> ImageBatch:
+    def batch(self, step: int, batch_size: int, crops: CropConfig = PUBLISHED_CROPS) -> ImageBatch:
         """Crops step * batch_size and following: image uint8 [B, 3, R, R], label int64 [B], key list[str]."""
-        crops = [self.crop(index) for index in positions(step, batch_size, self.split, len(self))]
-        return collate([c.pixels for c in crops], [c.label for c in crops], [c.key for c in crops])
+        cut = [self.crop(index, crops) for index in positions(step, batch_size, self.split, len(self))]
+        return collate([c.pixels for c in cut], [c.label for c in cut], [c.key for c in cut])
 
-    def crop(self, index: int) -> Crop:
-        """Crop number `index`; it depends on (split, resolution, seed, index) alone."""
+    def crop(self, index: int, crops: CropConfig = PUBLISHED_CROPS) -> Crop:
+        """Crop number `index`; it depends on (split, resolution, seed, index, crops) alone."""
         training = self.split == "train"
         rng = np.random.default_rng((self.seed if training else 0, index))
         number = int(rng.integers(len(PHOTOGRAPHS))) if training else index % len(PHOTOGRAPHS)
         photograph, levels = PHOTOGRAPHS[number], self._pyramids[number]
+        if training:
+            levels = levels_within(levels, crops.side)
         level = levels[int(rng.integers(len(levels)))]
         top = int(rng.integers(level.shape[0] - self.resolution + 1))
         left = int(rng.integers(level.shape[1] - self.resolution + 1))
         pixels = level[top : top + self.resolution, left : left + self.resolution]
-        if training and rng.random() < 0.5:
+        if training and rng.random() < crops.flip:
             pixels = pixels[:, ::-1]
         key = f"{photograph.file}/{self.split} {level.shape[1]}x{level.shape[0]}+{left}+{top}"
         return Crop(pixels, SCENES.index(photograph.scene), key)
@@ -135,6 +142,16 @@ def pyramid(image: Image.Image, resolution: int) -> list[np.ndarray]:
         size = (max(round(image.width * scale), resolution), max(round(image.height * scale), resolution))
         levels.append(np.asarray(image.resize(size, Image.Resampling.LANCZOS)))
     return levels
+
+
+def levels_within(levels: list[np.ndarray], side: tuple[float, float]) -> list[np.ndarray]:
+    """The levels of a pyramid that a range of a crop's side stands for; the nearest one if it has none."""
+    smallest, largest = side
+    places = np.linspace(0, 1, len(levels)) if len(levels) > 1 else np.ones(1)
+    shares = 2 ** (places - 1)
+    within = [level for level, share in zip(levels, shares, strict=True) if smallest <= share <= largest]
+    middle = math.sqrt(smallest * largest)
+    return within or [levels[int(np.argmin(np.abs(np.log2(shares / middle))))]]
 
 
 @lru_cache(maxsize=len(PHOTOGRAPHS))

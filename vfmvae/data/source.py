@@ -1,7 +1,7 @@
 """What training and evaluation ask of a source of images: a batch by its position, nothing else.
 
-A source keeps no state between calls. `batch(step, batch_size)` depends on the seed, the step and the batch
-size alone, so a run resumes by knowing its step, and rank r of n reads step * n + r.
+A source keeps no state between calls. `batch(step, batch_size, crops)` depends on the seed and its arguments
+alone, so a run resumes by knowing its step, and rank r of n reads step * n + r.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Literal, Protocol, TypedDict, get_args
 import numpy as np
 import torch
 from torch import Tensor
+
+from vfmvae.data.transforms import PUBLISHED_CROPS, CropConfig
 
 Split = Literal["train", "validation"]
 
@@ -25,13 +27,16 @@ class ImageBatch(TypedDict):
 
 
 class ImageSource(Protocol):
-    """A set of images in one split: endless when training, `len(source)` images when validating."""
+    """A set of images in one split: endless when training, `len(source)` images when validating.
+
+    `crops` says how training images are cut.
+    """
 
     classes: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
-    def batch(self, step: int, batch_size: int) -> ImageBatch: ...
+    def batch(self, step: int, batch_size: int, crops: CropConfig = PUBLISHED_CROPS) -> ImageBatch: ...
 
 
 def validation_batches(source: ImageSource, batch_size: int) -> Iterator[ImageBatch]:

@@ -7,13 +7,40 @@ a random square of 0.5 to 1 times the short side, a Lanczos resize and a mirror 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image, ImageOps
 
-CROP_SCALE = (0.5, 1.0)  # side of the training crop as a share of the short side
+from vfmvae.serialization import check_fields
+
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 COLOUR_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """What training sees of an image; the defaults are the published ones. Validation has no part in it."""
+
+    side: tuple[float, float] = (0.5, 1.0)
+    """Smallest and largest side of the square, as shares of the image's short side. The embedded photographs
+    have their own reading of it (vfmvae.data.photographs)."""
+    flip: float = 0.5
+    """How often the square is mirrored, left to right."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "crops")
+        smallest, largest = self.side
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(
+                f"crops.side is {self.side}; needed are a smallest and a largest share, above 0 and up to 1"
+            )
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"crops.flip is {self.flip}; it is a probability, from 0 to 1")
+
+
+PUBLISHED_CROPS = CropConfig()
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -54,15 +81,17 @@ def centre_crop(image: Image.Image, resolution: int) -> np.ndarray:
     return _resized_square(image, left, top, side, resolution)
 
 
-def random_crop(image: Image.Image, resolution: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square of an RGB image, mirrored half of the time: uint8 [resolution, resolution, 3].
+def random_crop(
+    image: Image.Image, resolution: int, rng: np.random.Generator, crops: CropConfig = PUBLISHED_CROPS
+) -> np.ndarray:
+    """A random square of an RGB image, perhaps mirrored: uint8 [resolution, resolution, 3].
 
-    The side is uniform in 0.5 to 1 times the short side, the place uniform among those inside the image.
+    The side is uniform in its range, the place uniform among those inside the image.
     """
-    side = min(image.size) * rng.uniform(*CROP_SCALE)
+    side = min(image.size) * rng.uniform(*crops.side)
     left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
     crop = _resized_square(image, left, top, side, resolution)
-    return crop[:, ::-1] if rng.random() < 0.5 else crop
+    return crop[:, ::-1] if rng.random() < crops.flip else crop
 
 
 def _resized_square(image: Image.Image, left: float, top: float, side: float, resolution: int) -> np.ndarray:

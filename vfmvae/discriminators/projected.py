@@ -6,8 +6,9 @@ Legend for shape comments: B batch, N patch tokens, C width of the backbone.
 
 When spectral norms are iterated: every forward in training mode does one power iteration, as the published
 code does, which makes three per step (real images, generated images, and the generator's pass). A step that
-keeps the discriminator in eval mode calls `iterate_spectral_norms` when it likes; nothing else depends on the
-mode. The vectors are buffers: a state dict with them resumes exactly.
+keeps the discriminator in eval mode, because it takes another number of passes, calls
+`iterate_spectral_norms` itself; nothing else depends on the mode. The vectors are buffers: a state dict with
+them resumes exactly.
 """
 
 from __future__ import annotations

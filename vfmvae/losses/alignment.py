@@ -8,24 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX_WEIGHT = 1e8
+MAX_WEIGHT = 1e8  # of an alignment loss
 
 
-def adaptive_weight(reconstruction_loss: Tensor, alignment_loss: Tensor, weight: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction_loss: Tensor, other_loss: Tensor, weight: Tensor, limit: float = MAX_WEIGHT
+) -> Tensor:
     """Ratio of the two losses' gradient norms at `weight`, without gradient; a scalar.
 
-    |d reconstruction / d weight| / (|d alignment / d weight| + 1e-4), clamped to [0, 1e8], as in VQGAN
-    (arXiv 2012.09841) and VA-VAE (arXiv 2501.01423). Both graphs are kept for the backward pass that follows.
+    |d reconstruction / d weight| / (|d other / d weight| + 1e-4), clamped to [0, limit], as in VQGAN (arXiv
+    2012.09841, for an adversarial loss, limit 1e4) and VA-VAE (arXiv 2501.01423, for an alignment loss, limit
+    1e8). Both graphs are kept for the backward pass that follows.
     """
     (of_reconstruction,) = torch.autograd.grad(reconstruction_loss, weight, retain_graph=True)
-    (of_alignment,) = torch.autograd.grad(alignment_loss, weight, retain_graph=True)
-    return gradient_ratio(of_reconstruction, of_alignment)
+    (of_other,) = torch.autograd.grad(other_loss, weight, retain_graph=True)
+    return gradient_ratio(of_reconstruction, of_other, limit)
 
 
-def gradient_ratio(of_reconstruction: Tensor, of_alignment: Tensor) -> Tensor:
+def gradient_ratio(of_reconstruction: Tensor, of_other: Tensor, limit: float = MAX_WEIGHT) -> Tensor:
     """The adaptive weight from the two gradients, of any one shape; a scalar in float32 without gradient."""
-    ratio = of_reconstruction.float().norm() / (of_alignment.float().norm() + 1e-4)
-    return ratio.clamp(0.0, MAX_WEIGHT).detach()
+    ratio = of_reconstruction.float().norm() / (of_other.float().norm() + 1e-4)
+    return ratio.clamp(0.0, limit).detach()
 
 
 def latent_preservation_loss(latents: Tensor, snapshot: Tensor) -> Tensor:

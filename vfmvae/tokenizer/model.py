@@ -287,6 +287,12 @@ class Tokenizer(nn.Module):
         """The weight that the adaptive alignment weight compares gradient norms at."""
         return self.fusion.final.last.weight
 
+    @property
+    def last_decoder_weight(self) -> Tensor:
+        """The weight that the adaptive adversarial weight compares gradient norms at."""
+        last: Any = self.decoder.blocks[-1]
+        return last.to_rgb.weight
+
     def forward(
         self, images: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
     ) -> TokenizerOutput:

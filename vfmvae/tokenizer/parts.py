@@ -13,23 +13,30 @@ PARTS = ("encoder", "fusion", "bottleneck", "align", "decompress", "style", "dec
 _ABOVE = re.compile(r"decoder>(\d+)$")
 
 
-def part_modules(tokenizer: Tokenizer, part: str) -> list[nn.Module]:
-    """The modules of a part: a name of `PARTS`, or "decoder>N" for the blocks above N px at the tokenizer's
-    training resolution.
+def module_names(part: str, resolution: int) -> tuple[str, ...]:
+    """Names of a part's modules, in a tokenizer of this training resolution.
 
-    ValueError for another name, listing those that exist, and for N where no block is left.
+    `part`: a name of `PARTS`, or "decoder>N" for the decoder blocks above N px. Parts that overlap have names
+    in common: no module of one lies inside a module of another. ValueError for another part, listing those
+    that exist, and for N where no block is left.
     """
+    blocks = [f"decoder.blocks.{number}" for number in range(NUM_BLOCKS)]
     if part in PARTS:
-        return [getattr(tokenizer, part)]
+        return tuple(blocks) if part == "decoder" else (part,)
     above = _ABOVE.match(part)
     if above is None:
         raise ValueError(f"unknown part {part!r}; known: {', '.join(PARTS)} and 'decoder>N' (N in pixels)")
-    limit, resolution = int(above[1]), tokenizer.config.resolution
+    limit = int(above[1])
     sizes = [resolution // 2 ** (NUM_BLOCKS - 1 - i) for i in range(NUM_BLOCKS)]
-    blocks = [block for block, size in zip(tokenizer.decoder.blocks, sizes, strict=True) if size > limit]
-    if not blocks:
+    found = [block for block, size in zip(blocks, sizes, strict=True) if size > limit]
+    if not found:
         raise ValueError(f"no decoder block lies above {limit} px; their sizes are {sizes}")
-    return blocks
+    return tuple(found)
+
+
+def part_modules(tokenizer: Tokenizer, part: str) -> list[nn.Module]:
+    """The modules of a part; ValueError as `module_names`."""
+    return [tokenizer.get_submodule(name) for name in module_names(part, tokenizer.config.resolution)]
 
 
 def set_trained(tokenizer: Tokenizer, parts: tuple[str, ...]) -> dict[str, nn.Parameter]:

@@ -6,6 +6,9 @@ the learning-rate multiplier) and scaled by multiplier/sqrt(fan_in) when used.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,16 +48,38 @@ class StyleMapping(nn.Module):
         self.fc0 = EqualizedLinear(width, width, self.MULTIPLIER)
         self.fc1 = EqualizedLinear(width, style_width, self.MULTIPLIER)
         self.register_buffer("average", torch.zeros(style_width))
+        self._newest = 1 - self.AVERAGE_BETA
+
+    @contextmanager
+    def averaging(self, newest: float) -> Iterator[None]:
+        """While entered, a forward in training mode counts this much in `average`: average = (1 - newest) *
+        average + newest * mean style. 0: it leaves `average` alone.
+        """
+        before, self._newest = self._newest, newest
+        try:
+            yield
+        finally:
+            self._newest = before
 
     def forward(self, z_map: Tensor, truncation: float = 1.0) -> Tensor:
         """`truncation` psi: 1 keeps the style, 0 replaces it by the average."""
         x = F.adaptive_avg_pool2d(z_map.to(self.fc0.weight.dtype), self.pooled).flatten(1)
         x = x * (x.square().mean(dim=1, keepdim=True) + 1e-8).rsqrt()
         style = self.fc1(F.leaky_relu(self.fc0(x), 0.2))  # [B, D]
-        if self.training:
+        if self.training and self._newest:
             with torch.no_grad():
-                self.average.lerp_(style.mean(dim=0).to(self.average.dtype), 1 - self.AVERAGE_BETA)
+                self.average.lerp_(style.mean(dim=0).to(self.average.dtype), self._newest)
         return style if truncation == 1.0 else self.average.lerp(style, truncation)
+
+
+def share_of_part(number: int, parts: int) -> float:
+    """How much part `number` (0 for the first) of a batch in equal parts counts in the running mean, so that
+    all of them, one after another, move it as the whole batch would.
+
+    After k of n parts the mean is (beta * before + (1 - beta) / n * their sum), over the sum of its weights.
+    """
+    beta = StyleMapping.AVERAGE_BETA
+    return (1 - beta) / parts / (beta + (1 - beta) * (number + 1) / parts)
 
 
 class StyleSplit(nn.Module):

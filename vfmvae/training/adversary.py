@@ -31,11 +31,19 @@ class ProjectedAdversary(nn.Module):
 
     def __init__(self, discriminator: ProjectedDiscriminator) -> None:
         super().__init__()
-        # Spectral norms are iterated once per step, however many passes it takes: see `prepare`.
+        # In training mode spectral norms would be iterated in every pass. They are as often as in the
+        # published step, which has three, however many passes this one takes: `prepare`, `follow`.
         self.discriminator = discriminator.eval()
 
     def prepare(self) -> None:
-        """Follow the weights with the spectral norms' vectors; once before the passes of a step."""
+        """Before the discriminator's passes of a step: two iterations of the spectral norms, one for the pass
+        of real images and one for that of generated ones.
+        """
+        for _ in range(2):
+            self.discriminator.iterate_spectral_norms()
+
+    def follow(self) -> None:
+        """After the discriminator's update, before the tokenizer's pass: the third iteration."""
         self.discriminator.iterate_spectral_norms()
 
     def forward(
@@ -79,6 +87,9 @@ class PatchAdversary(nn.Module):
 
     def prepare(self) -> None:
         """Nothing to do before a step."""
+
+    def follow(self) -> None:
+        """Nor after the update."""
 
     def forward(
         self, real: Tensor, fake: Tensor, draws: StepDraws, sigma: float, weights: Mapping[str, float]

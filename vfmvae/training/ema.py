@@ -21,18 +21,18 @@ from vfmvae.serialization import check_fields
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """How long the average of the weights remembers."""
+    """How long the average of the weights remembers, in one stage."""
 
     half_life_images: float = 160_000
-    """Images until a weight counts half."""
+    """Images until a weight counts half; 0: no averaging, the average equals the weights."""
     ramp_up: float | None = 0.05
-    """The half-life is at most this share of the images seen; None: no ramp."""
+    """The half-life is at most this share of the images that the whole run has seen; None: no ramp."""
 
     def __post_init__(self) -> None:
         check_fields(self, "ema")
-        if not 0 < self.half_life_images < math.inf:
+        if not 0 <= self.half_life_images < math.inf:
             raise ValueError(
-                f"ema.half_life_images is {self.half_life_images}; it must be above 0 and finite"
+                f"ema.half_life_images is {self.half_life_images}; it must be finite, and 0 or above"
             )
         if self.ramp_up is not None and not 0 < self.ramp_up < math.inf:
             raise ValueError(f"ema.ramp_up is {self.ramp_up}; it must be above 0, or None for no ramp")

@@ -21,7 +21,7 @@ class EngineConfig:
     accumulate: int = 1
     """Parts that every batch is computed in, one after another; the update is that of the whole batch."""
     adaptive_every: int = 1
-    """Steps between two measurements of the adaptive alignment weight; it stays as it is in between."""
+    """Steps between two measurements of the adaptive weights; they stay as they are in between."""
     clip_norm: float = 0.0
     """Gradients are scaled down to this norm, tokenizer and discriminators apart; 0: not."""
     recompute: bool = False

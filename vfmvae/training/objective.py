@@ -3,8 +3,9 @@
 One update sums many losses. Those of the image meet at the decoder's output, those of the latents at the cut
 between encoder side and decoder (`StepOutput.leaf`). So each loss is differentiated once, down to the image
 or to the latents, and the sums are carried on by one backward pass through the decoder and one through the
-encoder side. The adaptive weight of the alignment loss (VQGAN, arXiv 2012.09841) reads the same gradients:
-beside an adversarial loss it costs one more pass through the decoder without weight gradients, else nothing.
+encoder side. Adaptive weights (vfmvae.training.adaptive) read the same gradients: that of the alignment loss
+costs one more pass through the decoder without weight gradients beside an adversarial loss, else nothing;
+that of the adversarial losses costs the way from the image to the decoder's last layer.
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vfmvae import ops
-from vfmvae.losses.alignment import gradient_ratio
 from vfmvae.losses.reconstruction import l1_loss, l2_loss, multiscale_l1_loss, ssim_loss
-from vfmvae.tokenizer import DiscretePosterior, Posterior, Tokenizer
-from vfmvae.training.distributed import mean_over_ranks
+from vfmvae.tokenizer import DiscretePosterior, Posterior
 from vfmvae.training.forward import StepOutput
 
 
@@ -61,7 +60,7 @@ def latent_losses(output: StepOutput, weights: Mapping[str, float]) -> dict[str,
     return losses
 
 
-def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor | None:
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor | None:
     """The sum of each loss times the weight of its name, a scalar; None without losses."""
     if not losses:
         return None
@@ -73,11 +72,16 @@ def cut(images: Sequence[Tensor]) -> list[Tensor]:
     return [image.detach().requires_grad_() for image in images]
 
 
-def gradients_at(leaves: Sequence[Tensor], loss: Tensor | None, scale: Tensor) -> list[Tensor]:
-    """Gradient of scale * loss at each leaf; zeros where it does not depend on one, or without a loss."""
+def gradients_at(
+    leaves: Sequence[Tensor], loss: Tensor | None, scale: Tensor, retain: bool = False
+) -> list[Tensor]:
+    """Gradient of scale * loss at each leaf; zeros where it does not depend on one, or without a loss.
+
+    `retain`: another gradient through the same graph follows.
+    """
     if loss is None:
         return [torch.zeros_like(leaf) for leaf in leaves]
-    found = torch.autograd.grad(scale * loss, list(leaves), allow_unused=True)
+    found = torch.autograd.grad(scale * loss, list(leaves), retain_graph=retain, allow_unused=True)
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
 
@@ -115,84 +119,13 @@ def alignment_gradients(
     """Gradients at a weight of the encoder side, times `scale`: of the image losses, and of the alignment."""
     assert output.alignment is not None
     (alignment_at_leaf,) = torch.autograd.grad(scale * output.alignment, output.leaf, retain_graph=True)
-    at_weight = [
-        torch.autograd.grad(output.latents, weight, gradient, retain_graph=True)[0]
-        for gradient in (reconstruction_at_leaf, alignment_at_leaf)
-    ]
-    return at_weight[0], at_weight[1]
+    return pair_at(weight, output.latents, (reconstruction_at_leaf, alignment_at_leaf))
 
 
-class AdaptiveWeight:
-    """The ratio of gradient norms that balances the alignment loss, as measured last; 1 before that."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.ratio = torch.ones((), device=device)
-
-    def measure(self, of_reconstruction: Tensor, of_alignment: Tensor) -> None:
-        """Take the two gradients at the last fusion weight, this process's share; averaged over processes.
-
-        One that is not finite leaves the ratio as it was: the step will be skipped.
-        """
-        mean_over_ranks(of_reconstruction, of_alignment)
-        ratio = gradient_ratio(of_reconstruction, of_alignment)
-        self.ratio.copy_(torch.where(ratio.isfinite(), ratio, self.ratio))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"ratio": self.ratio}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.ratio.copy_(state["ratio"])
-
-
-class DeferredAlignment:
-    """The alignment loss's gradient, kept apart while a batch is accumulated in parts.
-
-    Its adaptive weight is that of the whole batch, which is known after the last part.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._weight = tokenizer.last_fusion_weight
-        modules = (tokenizer.encoder, tokenizer.fusion, tokenizer.bottleneck)
-        self._encoder_side = [p for m in modules for p in m.parameters() if p.requires_grad]
-        self._own = [p for p in tokenizer.align.parameters() if p.requires_grad]
-        self._sums: dict[Tensor, Tensor] = {p: torch.zeros_like(p) for p in (*self._encoder_side, *self._own)}
-        self._reconstruction = torch.zeros_like(self._weight)
-
-    def add(self, output: StepOutput, reconstruction_at_leaf: Tensor | None, scale: Tensor) -> None:
-        """Take in one part, before its graphs are freed."""
-        assert output.alignment is not None
-        loss = scale * output.alignment
-        if output.leaf.requires_grad:
-            (at_leaf,) = torch.autograd.grad(loss, output.leaf, retain_graph=True)
-            self._add(
-                self._encoder_side,
-                torch.autograd.grad(
-                    output.latents, self._encoder_side, at_leaf, retain_graph=True, allow_unused=True
-                ),
-            )
-        if reconstruction_at_leaf is not None:
-            self._reconstruction += torch.autograd.grad(
-                output.latents, self._weight, reconstruction_at_leaf, retain_graph=True
-            )[0]
-        if self._own:
-            self._add(self._own, torch.autograd.grad(loss, self._own, retain_graph=True))
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """As `alignment_gradients`, of all parts together."""
-        mean_over_ranks(*self._sums.values())
-        return self._reconstruction, self._sums[self._weight]
-
-    def add_to_gradients(self, factor: Tensor) -> None:
-        """Add the sum, times the weight of the loss, to the parameters' gradients."""
-        for parameter, gradient in self._sums.items():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.add_(factor * gradient)
-
-    def _add(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                self._sums[parameter] += gradient
+def pair_at(weight: Tensor, root: Tensor, gradients: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two gradients at `root`, carried on to a weight that it was computed with; the graph is kept."""
+    one, other = (torch.autograd.grad(root, weight, g, retain_graph=True)[0] for g in gradients)
+    return one, other
 
 
 def encoder_backward(output: StepOutput, loss: Tensor | None, scale: Tensor) -> None:

@@ -1,12 +1,16 @@
-"""The optimizer: its configuration, how it is built, its learning-rate schedule; what clips gradients."""
+"""The optimizer: its configuration, how it is built, its learning-rate schedule; what clips gradients.
+
+Parameters are put into groups by name, each with a factor of the learning rate. Parameters of one group must
+have been trained together from the first update on, because apex counts the updates of a group.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,17 +58,37 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.warmup is {self.warmup}; it must lie in [0, 1)")
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+FACTOR = "factor"
+"""The key of a group's factor in an optimizer's `param_groups`."""
+
+
+class Group(NamedTuple):
+    """Where a parameter belongs."""
+
+    name: str = ""
+    factor: float = 1.0
+    """Of the learning rate; the same for all parameters of a group."""
+
+
+ONE_GROUP: Mapping[nn.Parameter, Group] = {}
+
+
+def build_optimizer(
+    config: OptimizerConfig,
+    parameters: Iterable[nn.Parameter],
+    groups: Mapping[nn.Parameter, Group] = ONE_GROUP,
+) -> torch.optim.Optimizer:
     """An optimizer of these parameters, at the highest rate of the schedule.
 
-    Raises ValueError where apex is asked for and cannot be used, with the reason.
+    `groups`: of the parameters; those that are not in it are a group together. Raises ValueError where apex
+    is asked for and cannot be used, with the reason.
     """
     parameters = list(parameters)
     if config.implementation == "apex":
-        return _apex_adam(config, parameters)
+        return _apex_adam(config, parameters, groups)
     adam = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
     return adam(
-        _groups(parameters),
+        _groups(config, parameters, groups),
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
@@ -73,13 +97,44 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter])
     )
 
 
-def _groups(parameters: Sequence[nn.Parameter]) -> list[dict[str, list[nn.Parameter]]]:
+def next_optimizer(
+    config: OptimizerConfig,
+    parameters: Sequence[nn.Parameter],
+    earlier: torch.optim.Optimizer | None,
+    groups: Mapping[nn.Parameter, Group] = ONE_GROUP,
+) -> torch.optim.Optimizer:
+    """As `build_optimizer`, with the moments that an earlier optimizer of the same class has."""
+    optimizer = build_optimizer(config, parameters, groups)
+    if earlier is None or type(earlier) is not type(optimizer):
+        return optimizer
+    for parameter in parameters:
+        if parameter in earlier.state:
+            optimizer.state[parameter] = earlier.state[parameter]
+    counted = {p: group["step"] for group in earlier.param_groups if "step" in group for p in group["params"]}
+    for group in optimizer.param_groups:
+        first = group["params"][0]
+        if first in counted:
+            group["step"] = counted[first]
+    return optimizer
+
+
+def _groups(
+    config: OptimizerConfig, parameters: Sequence[nn.Parameter], groups: Mapping[nn.Parameter, Group]
+) -> list[dict[str, Any]]:
     """Sharded parameters apart from whole ones: one fused operation cannot take both."""
-    kinds = ([p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True))
-    return [{"params": kind} for kind in kinds if kind]
+    found: dict[tuple[Group, bool], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        key = groups.get(parameter, Group()), isinstance(parameter, DTensor)
+        found.setdefault(key, []).append(parameter)
+    return [
+        {"params": members, "lr": config.learning_rate * group.factor, FACTOR: group.factor}
+        for (group, _), members in found.items()
+    ]
 
 
-def _apex_adam(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def _apex_adam(
+    config: OptimizerConfig, parameters: Sequence[nn.Parameter], groups: Mapping[nn.Parameter, Group]
+) -> torch.optim.Optimizer:
     # An unrelated package on PyPI is called apex too.
     if find_spec("apex") is None or find_spec("apex.optimizers") is None:
         raise _apex_refused("NVIDIA apex is not installed")
@@ -89,7 +144,7 @@ def _apex_adam(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> t
 
     try:
         return FusedAdam(
-            parameters,
+            _groups(config, parameters, groups),
             lr=config.learning_rate,
             betas=config.betas,
             eps=config.eps,
@@ -118,9 +173,9 @@ def learning_rate(config: OptimizerConfig, progress: float) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` for every parameter from the next step on."""
+    """Use `rate`, times the factor of its group, for every parameter from the next step on."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(FACTOR, 1.0)
 
 
 @torch.no_grad()

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
+from vfmvae.data.transforms import CropConfig
 from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.serialization import check_fields
 from vfmvae.tokenizer.equivariance import EquivarianceConfig
+from vfmvae.training.ema import EmaConfig
 from vfmvae.training.optim import OptimizerConfig
+from vfmvae.training.rates import PartRate
 
 IMAGE_TERMS = ("l1", "l2", "multiscale_l1", "perceptual", "ssim")
 """Terms that compare the reconstruction with the image."""
@@ -52,6 +55,9 @@ class LossWeights:
     """Hinge loss through the projected discriminator."""
     patch_adversarial: float = 0.0
     """Least-squares loss through the multi-scale PatchGAN."""
+    adaptive_adversarial: bool = False
+    """Multiply these two weights by the ratio of gradient norms at the decoder's last layer, image terms over
+    the two."""
     feature_matching: float = 0.0
     """L1 of the PatchGAN's features, fake to real."""
     r1: float = 0.0
@@ -68,14 +74,30 @@ class LossWeights:
                 f"no loss asks for a reconstruction; give one of losses."
                 f"{{{','.join((*IMAGE_TERMS, *ADVERSARIAL_TERMS))}}} a weight"
             )
+        if self.adaptive_adversarial:
+            self._check_adaptive()
         if self.r1 and not self.adversarial:
             raise ValueError(
                 f"losses.r1 is {self.r1}, which penalises the discriminator of losses.adversarial;"
                 f" give that a weight too"
             )
 
+    def _check_adaptive(self) -> None:
+        if not self.adversarial and not self.patch_adversarial:
+            raise ValueError(
+                "losses.adaptive_adversarial balances losses.adversarial and losses.patch_adversarial; give"
+                " one of them a weight"
+            )
+        # The smaller images do not come from the last layer.
+        terms = [name for name in IMAGE_TERMS if name != "multiscale_l1"]
+        if not any(getattr(self, name) for name in terms):
+            raise ValueError(
+                f"losses.adaptive_adversarial compares with the image losses; give one of"
+                f" losses.{{{','.join(terms)}}} a weight"
+            )
 
-TERMS = tuple(f.name for f in fields(LossWeights) if f.name != "adaptive_alignment")
+
+TERMS = tuple(f.name for f in fields(LossWeights) if not f.name.startswith("adaptive_"))
 
 
 @dataclass(frozen=True)
@@ -106,7 +128,11 @@ class StageConfig:
     schedules: tuple[TermSchedule, ...] = ()
     """Terms without one are on for the whole stage."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rates: tuple[PartRate, ...] = ()
+    """Parts with a factor of the optimizer's learning rate; the others have it as it is."""
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    crops: CropConfig = field(default_factory=CropConfig)
     equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
     blur_sigma: float = 0.0
     """Blur of what the discriminators see when the stage begins, in pixels."""
@@ -121,6 +147,16 @@ class StageConfig:
             raise ValueError(f"stage {self.name!r}: images is {self.images}; it must be at least 1")
         if not self.trains:
             raise ValueError(f"stage {self.name!r} trains nothing; name at least one part in trains")
+        if self.losses.alignment and self.losses.adaptive_alignment and "fusion" not in self.trains:
+            raise ValueError(
+                f"stage {self.name!r} does not train 'fusion', so losses.adaptive_alignment has no gradient"
+                f" to compare; turn it off, or losses.alignment to 0"
+            )
+        if self.losses.adaptive_adversarial and not any(part.startswith("decoder") for part in self.trains):
+            raise ValueError(
+                f"stage {self.name!r} does not train the decoder's last block, so losses.adaptive_adversarial"
+                f" has no gradient to compare; turn it off"
+            )
         if "align" in self.trains and not self.losses.alignment:
             raise ValueError(
                 f"stage {self.name!r} trains 'align', which only losses.alignment reads; give that a weight"
@@ -161,7 +197,7 @@ class StagePlan:
                 seen += stage.images
                 ends.append(round(steps * seen / total))
             self.lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-        self._images = [stage.images for stage in stages]
+        self._stages = tuple(stages)
 
     @property
     def steps(self) -> int:
@@ -177,10 +213,14 @@ class StagePlan:
             left -= length
         raise ValueError(f"step {step} lies beyond the {self.steps} of this run")
 
+    def stage_of(self, step: int) -> StageConfig:
+        """The stage that update number `step` lies in."""
+        return self._stages[self.locate(step).stage]
+
     def progress(self, place: Place) -> float:
         """The share of its stage that is done in the middle of an update."""
         return (place.step + 0.5) / self.lengths[place.stage]
 
     def stage_images(self, place: Place) -> int:
         """Images of its stage before an update, on the scale that the stage's configuration uses."""
-        return round(self._images[place.stage] * place.step / self.lengths[place.stage])
+        return round(self._stages[place.stage].images * place.step / self.lengths[place.stage])

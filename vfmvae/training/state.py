@@ -19,6 +19,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from vfmvae.training.optim import FACTOR
+
 FORMAT = 1
 
 
@@ -202,7 +204,7 @@ def _optimizer_tensor(
 
 def _counters(optimizer: Optimizer) -> list[dict[str, Any]]:
     """What the parameter groups carry that is no hyper-parameter; apex counts its steps there."""
-    settings = {"params", *optimizer.defaults}
+    settings = {"params", FACTOR, *optimizer.defaults}
     return [{k: v for k, v in group.items() if k not in settings} for group in optimizer.param_groups]
 
 
