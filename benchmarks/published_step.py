@@ -129,7 +129,7 @@ class PublishedStep:
     def average(self) -> None:
         job = self.job
         batch = job.config.batch_size
-        beta, averages = ema_beta(job.config.ema, batch, job.state.step * batch), job.ema.state_dict()
+        beta, averages = ema_beta(job.stage.ema, batch, job.state.step * batch), job.ema.state_dict()
         for name, parameter in job.tokenizer.named_parameters():
             if name in averages:
                 averages[name].lerp_(parameter, 1 - beta)
