@@ -38,7 +38,8 @@ struct Problem {
     const int64_t rows = std::clamp(kHiddenFloats / padded_hidden, kLeastTileRows, kMostTileRows);
     tile_rows = rows / 12 * 12;  // a multiple of every kProductRows
     tiles = (pixels + tile_rows - 1) / tile_rows;
-    bands = std::clamp<int64_t>(batch * pixels / kBandRows, 1, std::min(kMostBands, batch * tiles));
+    const int64_t most = std::min({kMostBands, batch * tiles, batch * pixels / kBandRows});
+    bands = std::max<int64_t>(1, most);
   }
   // The first tile of a band; tiles are counted over all samples.
   int64_t first_tile(int64_t band) const { return batch * tiles * band / bands; }

@@ -185,3 +185,16 @@ def test_bfloat16_keeps_its_dtype_and_is_near(fused: bool) -> None:
     assert (y.double() - truth).norm() / truth.norm() < 1e-2
     image = ops.modulated_to_rgb(low[1], inputs[2], torch.randn(3, 16), torch.zeros(3), fused=fused)
     assert image.dtype == torch.float32
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_tensors_that_do_not_fit_are_named(fused: bool) -> None:
+    inputs = mlp_inputs(2, 8, 3, 3)
+    for place, wrong, sentence in (
+        (0, torch.randn(1, 8, 3, 3), r"residual is \[1, 8, 3, 3\]; for x \[2, 8, 3, 3\] it must be"),
+        (2, torch.randn(1, 8), r"style is \[1, 8\]; .* it must be \[2, 8\]"),
+        (5, torch.randn(32, 8), r"contract_weight is \[32, 8\]; .* it must be \[8, 32\]"),
+        (0, inputs[0].bfloat16(), "residual is torch.bfloat16 and x torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            ops.modulated_mlp(*inputs[:place], wrong, *inputs[place + 1 :], fused=fused)

@@ -161,5 +161,7 @@ def test_wrong_arguments_are_named() -> None:
     norm = functools.partial(ops.group_norm, torch.randn(1, 6, 2, 2))
     with pytest.raises(ValueError, match="6 channels cannot be divided into 4 groups"):
         norm(4, torch.ones(6), torch.zeros(6))
+    with pytest.raises(ValueError, match=r"weight is \[3\] and bias \[6\]; x .* needs \[6\] twice"):
+        norm(3, torch.ones(3), torch.zeros(6))
     with pytest.raises(ValueError, match="activation 'relu' is unknown; known: leaky_relu, gelu, silu"):
         norm(3, torch.ones(6), torch.zeros(6), activation="relu")

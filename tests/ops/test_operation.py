@@ -31,7 +31,7 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (times(grad, ctx.factor) if weight_gradients_wanted() else None), None
 
 
-times = operation("times_for_tests", run, fake, ("cpu", "cuda"), Autograd(setup, backward))
+times = operation("times_for_tests", run, fake, ("cpu", "cuda"), Autograd(setup, backward, again=True))
 
 
 def test_eager_and_registered_operation_are_the_same_function() -> None:
@@ -47,6 +47,28 @@ def test_eager_and_registered_operation_are_the_same_function() -> None:
 def test_the_backward_can_be_differentiated_where_it_is_made_of_operations() -> None:
     x = torch.randn(3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: times(x, 2.0), x)
+
+
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def square_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (2 * grad * ctx.saved_tensors[0],)
+
+
+def test_a_second_derivative_that_does_not_exist_raises() -> None:
+    once = operation("square_for_tests", square, torch.empty_like, "cpu", Autograd(keep, square_backward))
+    x = torch.randn(3, requires_grad=True)
+    for function in (once, torch.ops.vfmvae.square_for_tests):
+        (first,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        assert torch.equal(first, 2 * x)
+        with pytest.raises(RuntimeError, match="square_for_tests can be differentiated once"):
+            torch.autograd.grad(first.sum(), x)
 
 
 def test_compiling_sees_one_node() -> None:

@@ -45,7 +45,28 @@ def modulated_mlp(
 
     Returns:
         [B, C, H, W] in x.dtype. GELU is the exact form; d demodulates each output of W1 to unit input norm.
+        The compiled form can be differentiated once.
+
+    Raises:
+        ValueError: shapes that do not fit, or a residual of another dtype than x.
     """
+    batch, channels = x.shape[:2]
+    hidden = expand_weight.shape[0]
+    for name, tensor, shape in (
+        ("residual", residual, x.shape),
+        ("style", style, (batch, channels)),
+        ("expand_weight", expand_weight, (hidden, channels)),
+        ("expand_bias", expand_bias, (hidden,)),
+        ("contract_weight", contract_weight, (channels, hidden)),
+        ("contract_bias", contract_bias, (channels,)),
+        ("gamma", gamma, (channels,)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} is {list(tensor.shape)}; for x {list(x.shape)} it must be {list(shape)}"
+            )
+    if residual.dtype != x.dtype:
+        raise ValueError(f"residual is {residual.dtype} and x {x.dtype}; they must have the same dtype")
     return _MODULATED_MLP(
         fused, residual, x, style, expand_weight, expand_bias, contract_weight, contract_bias, gamma
     )

@@ -42,9 +42,20 @@ def group_norm(
         groups: divides C.
         weight, bias: [C].
         activation: "leaky_relu" (slope 0.2), "gelu" (exact), "silu" or None.
+
+    Returns:
+        [B, C, H, W] in x.dtype. The compiled form can be differentiated once.
+
+    Raises:
+        ValueError: groups that do not divide C, other shapes of weight or bias, an unknown activation.
     """
     if x.shape[1] % groups:
         raise ValueError(f"{x.shape[1]} channels cannot be divided into {groups} groups")
+    if weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
+        raise ValueError(
+            f"weight is {list(weight.shape)} and bias {list(bias.shape)}; x {list(x.shape)} needs"
+            f" [{x.shape[1]}] twice"
+        )
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
     return _GROUP_NORM(fused, x, groups, weight, bias, eps, activation)

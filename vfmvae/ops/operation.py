@@ -18,6 +18,8 @@ class Autograd(NamedTuple):
 
     setup_context: Callable[[Any, tuple[Any, ...], Any], None]
     backward: Callable[..., tuple[Tensor | None, ...]]
+    again: bool = False
+    """Whether the backward is made of what can be differentiated; else a second derivative raises."""
 
 
 def operation(
@@ -38,11 +40,12 @@ def operation(
     custom.register_fake(fake)
     eager = run
     if autograd is not None:
-        custom.register_autograd(autograd.backward, setup_context=autograd.setup_context)
+        backward = autograd.backward if autograd.again else _once(name, autograd.backward)
+        custom.register_autograd(backward, setup_context=autograd.setup_context)
         members = {
             "forward": staticmethod(run),
             "setup_context": staticmethod(autograd.setup_context),
-            "backward": staticmethod(autograd.backward),
+            "backward": staticmethod(backward),
         }
         function: Any = type(name, (torch.autograd.Function,), members)
         eager = function.apply
@@ -53,6 +56,39 @@ def operation(
         return eager(*arguments)
 
     return call
+
+
+def _once(
+    name: str, backward: Callable[..., tuple[Tensor | None, ...]]
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A backward whose results raise where they are differentiated.
+
+    torch's once_differentiable lets second derivatives pass, as zeros, where the incoming gradient is a
+    constant and only the saved tensors are not.
+    """
+
+    def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        # The results must lead back to all that they are functions of, or nobody would ask for more.
+        return _SecondDerivative.apply(name, len(found), *found, *grads, *ctx.saved_tensors)
+
+    return run
+
+
+class _SecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return tuple(None if g is None else g.view_as(g) for g in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.name} can be differentiated once in its compiled form; fused=False gives second derivatives"
+        )
 
 
 def _plain(arguments: tuple[Any, ...]) -> bool:

@@ -130,9 +130,13 @@ def _adjoint_backward(ctx: Any, grad: Tensor) -> tuple:
 
 
 _DEVICES = ("cpu", "cuda")
-_upsample_blur = operation("upsample_blur", _run, _fake, _DEVICES, Autograd(_setup, _backward))
+_upsample_blur = operation("upsample_blur", _run, _fake, _DEVICES, Autograd(_setup, _backward, again=True))
 _upsample_blur_adjoint = operation(
-    "upsample_blur_adjoint", _run_adjoint, _adjoint_fake, _DEVICES, Autograd(_setup, _adjoint_backward)
+    "upsample_blur_adjoint",
+    _run_adjoint,
+    _adjoint_fake,
+    _DEVICES,
+    Autograd(_setup, _adjoint_backward, again=True),
 )
 
 
