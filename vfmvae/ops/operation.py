@@ -87,7 +87,7 @@ class _SecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            f"{ctx.name} can be differentiated once in its compiled form; fused=False gives second derivatives"
+            f"{ctx.name} can be differentiated once in its compiled form; with fused=False it can be twice"
         )
 
 
