@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from vfmvae.discriminators import ProjectedDiscriminatorConfig
+from vfmvae.discriminators.layers import group_count
 from vfmvae.losses.perceptual import PerceptualName
 from vfmvae.serialization import check_fields, from_dict, read_json
 from vfmvae.tokenizer import TokenizerConfig
@@ -19,7 +20,7 @@ from vfmvae.tokenizer.equivariance import check_equivariance
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.guard import SafetyConfig
 from vfmvae.training.rates import check_parts
-from vfmvae.training.stages import StageConfig, StagePlan
+from vfmvae.training.stages import ADVERSARIAL_TERMS, StageConfig, StagePlan
 from vfmvae.training.trackers import LogConfig
 
 
@@ -67,8 +68,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 0
     """Steps between evaluations on held-out images, with a picture each; 0: only at the end."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only at the end."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; 0: only at the beginning and the end."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
 
@@ -117,6 +118,22 @@ class TrainConfig:
                 f" engine.accumulate {engine.accumulate} and engine.parallel fsdp; use engine.accumulate 1 or"
                 f" engine.parallel ddp"
             )
+
+    def images_at_once(self, processes: int = 1) -> int:
+        """Images that one of so many processes computes at a time.
+
+        Raises ValueError for a batch that cannot be shared like that.
+        """
+        parts = processes * self.engine.accumulate
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shared by {processes} processes in"
+                f" {self.engine.accumulate} parts (engine.accumulate); use a multiple of {parts}"
+            )
+        images = self.batch_size // parts
+        if any(getattr(stage.losses, term) for stage in self.stages for term in ADVERSARIAL_TERMS):
+            group_count(images)  # found now, not when the stage begins
+        return images
 
     def plan(self) -> StagePlan:
         """The stages in updates."""
