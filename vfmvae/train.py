@@ -33,7 +33,7 @@ from vfmvae.train_job import Job
 from vfmvae.train_plan import describe
 from vfmvae.train_step import training_step
 from vfmvae.training.checkpoint import Checkpoints
-from vfmvae.training.device import pick_device
+from vfmvae.training.device import device_name, pick_device, slow_on_cpu
 from vfmvae.training.distributed import (
     any_rank,
     barrier,
@@ -266,16 +266,24 @@ class Run:
         self.rollbacks_since_save = 0
 
     def announce(self) -> None:
-        """One line: what trains, how large it is, and on what."""
-        job, config = self.job, self.config
+        """What trains and how large it is; on what device, in what dtype, with what operations."""
+        job, config, engine = self.job, self.config, self.config.engine
         trained = sum(p.numel() for p in job.tokenizer.parameters() if p.requires_grad)
-        processes = f" x {world_size()} processes" if world_size() > 1 else ""
         self.say(
             f"{self.folder.path}: {trained / 1e6:.1f} M trained parameters, {config.tokenizer.resolution} px,"
-            f" batch {config.batch_size}, {job.device}{processes},"
-            f" {str(job.tokenizer.dtype).removeprefix('torch.')},"
-            f" {'fused' if config.fused else 'reference'} operations, from step {job.state.step}"
+            f" batches of {config.batch_size}, from step {job.state.step}"
         )
+        dtype = str(job.tokenizer.dtype).removeprefix("torch.")
+        how = [dtype if dtype == "float32" else f"{dtype} beside float32 parameters"]
+        how += ["fused operations" if config.fused else "reference operations"]
+        how += [f"engine.accumulate {engine.accumulate}"] if engine.accumulate > 1 else []
+        how += ["engine.recompute"] if engine.recompute else []
+        how += [f"engine.compile {engine.compile}"] if engine.compile != "off" else []
+        processes = f" x {world_size()} processes ({engine.parallel})" if world_size() > 1 else ""
+        self.say(f"computing on {device_name(job.device)}{processes}: {', '.join(how)}")
+        slow = slow_on_cpu(job.tokenizer.dtype, job.device)
+        if slow is not None:
+            self.say(f"warning: {slow}")
         if job.perceptual is not None and config.perceptual.network != "lpips-vgg":
             self.say(f"the perceptual loss compares features of {config.perceptual.network}; it is not LPIPS")
 
