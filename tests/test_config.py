@@ -197,3 +197,19 @@ def test_a_resumed_run_keeps_the_parts_and_moments_of_its_stages(
     first, second = demo().stages
     with pytest.raises(ValueError, match=message):
         check_same_run(replace(demo(), stages=(first, replace(second, **changes))), demo())
+
+
+def test_a_resumed_run_cannot_gain_or_lose_a_discriminator() -> None:
+    first, second = demo().stages
+    for losses, sentence in (
+        (replace(second.losses, adversarial=0.0), "turn losses.adversarial off in its stage 'sharpen'"),
+        (
+            replace(second.losses, feature_matching=1.0),
+            "turn losses.patch_adversarial and losses.feature_match",
+        ),
+        (replace(second.losses, preservation=1.0), "turn losses.preservation on"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            check_same_run(replace(demo(), stages=(first, replace(second, losses=losses))), demo())
+    other = replace(second, losses=replace(second.losses, adversarial=0.2))
+    check_same_run(replace(demo(), stages=(first, other)), demo())

@@ -39,11 +39,12 @@ from tests.whole_runs import (
 from vfmvae.config import TrainConfig
 from vfmvae.data import Photographs
 from vfmvae.serialization import to_json
+from vfmvae.training.device import slow_on_cpu
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.run_folder import RunFolder
 from vfmvae.training.stages import IMAGE_TERMS, LossWeights
 
-FULL = tiny(stages=three_stages(), checkpoint_every=2, evaluate_every=3)
+FULL = tiny(stages=three_stages(), checkpoint_every=2, evaluate_every=3 * 2)
 STEPS = 6
 
 
@@ -129,7 +130,10 @@ def test_fused_and_reference_give_the_same_losses(tmp_path: Path) -> None:
 def test_half_precision_runs_on_the_cpu(dtype: str, tmp_path: Path) -> None:
     losses = replace(ALL_LOSSES, patch_adversarial=0.0, feature_matching=0.0)
     printed = run(tiny(stages=(stage(losses),), dtype=dtype, steps=8), tmp_path)
-    assert {"bf16": "bfloat16", "fp16": "float16"}[dtype] in printed
+    name = {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+    assert f"1 thread: {name} beside float32 parameters, fused operations\n" in printed
+    slow = slow_on_cpu(getattr(torch, name), torch.device("cpu"))
+    assert printed.count("warning: this CPU has no instructions for") == (slow is not None)
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path).values()), "parameters are fp32"
     skipped = [line["skipped_steps"] for line in lines(tmp_path)]
     scale = state(tmp_path)["others.tokenizer_guard.scale"].item()

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny_runs import ALL_LOSSES, job, largest_difference, parameters, steps
+from tests.tiny_runs import ALL_LOSSES, job, largest_difference, parameters, stage, steps, tiny
 from vfmvae.images import to_unit
 from vfmvae.losses.alignment import adaptive_weight
 from vfmvae.train_job import Job
 from vfmvae.train_step import GENERATOR, TOKENIZER, Part, forward, generator_backward, training_step
 from vfmvae.training.adaptive import BALANCED_TERMS
 from vfmvae.training.adversary import ProjectedAdversary
+from vfmvae.training.engine import EngineConfig
 from vfmvae.training.objective import image_losses, latent_losses
-from vfmvae.training.stages import LossWeights
+from vfmvae.training.stages import LossWeights, TermSchedule
 
 ADAPTIVE = replace(ALL_LOSSES, adaptive_adversarial=True)
 
@@ -204,3 +205,32 @@ def test_recomputed_blocks_give_the_same_update() -> None:
     kept, again = job(), job(recompute=True)
     steps(kept, 2), steps(again, 2)
     assert largest_difference(parameters(kept), parameters(again)) < 1e-6
+
+
+def test_a_discriminator_whose_update_is_skipped_counts() -> None:
+    built = job(ALL_LOSSES)
+    steps(built, 1)
+    numbers = built.playing[0].guard.state_dict()
+    numbers["mean_norm"].fill_(1e-9)
+    numbers["good"].fill_(1000)
+    weights = {n: p.clone() for n, p in built.playing[0].game.named_parameters()}
+    built.begin_step()
+    result = training_step(built, next(built.batches(built.state.step)), built.weights())
+    assert result.skipped == 1 and built.guard.skipped == 0
+    assert built.skips_in_a_row() == 1
+    for name, parameter in built.playing[0].game.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+
+
+def test_a_late_term_is_balanced_from_its_first_step() -> None:
+    late = stage(LossWeights(alignment=0.5), schedules=(TermSchedule(term="alignment", start=4),))
+    built = Job(tiny(stages=(late,), batch_size=4, engine=EngineConfig(adaptive_every=5)))
+    built.enter_stage(0)
+    ratio = built.adaptive["alignment"].ratio
+    steps(built, 1)
+    assert ratio == 1
+    steps(built, 1)
+    measured = ratio.clone()
+    assert measured != 1
+    steps(built, 1)
+    assert ratio == measured, "and then in every fifth step"

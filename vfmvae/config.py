@@ -17,6 +17,7 @@ from vfmvae.serialization import check_fields, from_dict, read_json
 from vfmvae.tokenizer import TokenizerConfig
 from vfmvae.tokenizer.decoder import INPUT_STRIDE
 from vfmvae.tokenizer.equivariance import check_equivariance
+from vfmvae.training.adversary import TERMS_OF
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.guard import SafetyConfig
 from vfmvae.training.rates import check_parts
@@ -67,7 +68,7 @@ class TrainConfig:
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 0
-    """Steps between evaluations on held-out images, with a picture each; 0: only at the end."""
+    """Images seen between evaluations on held-out images, with a picture each; 0: only at the end."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; 0: only at the beginning and the end."""
     keep_checkpoints: int = 2
@@ -161,6 +162,14 @@ def _check_same_stages(stages: Sequence[StageConfig], earlier: Sequence[StageCon
             f" {', '.join(s.name for s in stages)}; start a new run instead"
         )
     for stage, before in zip(stages, earlier, strict=True):
+        for name, terms in {**TERMS_OF, "preservation": ("preservation",)}.items():
+            on = [any(getattr(s.losses, term) for term in terms) for s in (before, stage)]
+            if on[0] != on[1]:
+                raise ValueError(
+                    f"a resumed run cannot turn {' and '.join(f'losses.{t}' for t in terms)}"
+                    f" {'on' if on[1] else 'off'} in its stage {stage.name!r}, since checkpoints hold what"
+                    f" {name!r} needs; start a new run instead"
+                )
         for what, a, b in (
             ("trains", stage.trains, before.trains),
             ("optimizer.kind", stage.optimizer.kind, before.optimizer.kind),

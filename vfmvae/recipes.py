@@ -123,7 +123,7 @@ def vfm_vae_siglip2_large() -> TrainConfig:
         stages=(strong, weak, ssim, patch),
         fused=True,
         workers=8,
-        evaluate_every=1000,
+        evaluate_every=500_000,
     )
 
 

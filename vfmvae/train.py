@@ -33,7 +33,7 @@ from vfmvae.train_job import Job
 from vfmvae.train_plan import describe
 from vfmvae.train_step import training_step
 from vfmvae.training.checkpoint import Checkpoints
-from vfmvae.training.device import pick_device
+from vfmvae.training.device import device_name, pick_device, slow_on_cpu
 from vfmvae.training.distributed import (
     any_rank,
     barrier,
@@ -184,9 +184,10 @@ class Run:
                 means = log.step(self.position, result.losses, rates, result.skipped)
                 if means is not None and log.skips_in_a_row >= config.safety.max_skips:
                     return False
-                if self.due(config.evaluate_every):
+                if self.evaluation_due():
                     self.evaluate(log)
-                if self.due(config.checkpoint_every):
+                # A rollback must not return into a row of skipped steps.
+                if self.due(config.checkpoint_every) and not job.skips_in_a_row():
                     with log.paused():
                         self.save()
                 if any_rank(bool(stop.signal)):  # processes must stop at the same step
@@ -227,6 +228,14 @@ class Run:
         step = self.job.state.step
         return bool(every) and step % every == 0 and step < self.job.plan.steps
 
+    def evaluation_due(self) -> bool:
+        """Whether this step has passed a multiple of the images between evaluations."""
+        every, batch = self.config.evaluate_every, self.config.batch_size
+        step = self.job.state.step
+        return (
+            bool(every) and step * batch // every > (step - 1) * batch // every and step < self.job.plan.steps
+        )
+
     def roll_back(self) -> None:
         """Return to the last checkpoint, with other random draws, or give up."""
         job, config = self.job, self.config
@@ -266,16 +275,24 @@ class Run:
         self.rollbacks_since_save = 0
 
     def announce(self) -> None:
-        """One line: what trains, how large it is, and on what."""
-        job, config = self.job, self.config
+        """What trains and how large it is; on what device, in what dtype, with what operations."""
+        job, config, engine = self.job, self.config, self.config.engine
         trained = sum(p.numel() for p in job.tokenizer.parameters() if p.requires_grad)
-        processes = f" x {world_size()} processes" if world_size() > 1 else ""
         self.say(
             f"{self.folder.path}: {trained / 1e6:.1f} M trained parameters, {config.tokenizer.resolution} px,"
-            f" batch {config.batch_size}, {job.device}{processes},"
-            f" {str(job.tokenizer.dtype).removeprefix('torch.')},"
-            f" {'fused' if config.fused else 'reference'} operations, from step {job.state.step}"
+            f" batches of {config.batch_size}, from step {job.state.step}"
         )
+        dtype = str(job.tokenizer.dtype).removeprefix("torch.")
+        how = [dtype if dtype == "float32" else f"{dtype} beside float32 parameters"]
+        how += ["fused operations" if config.fused else "reference operations"]
+        how += [f"engine.accumulate {engine.accumulate}"] if engine.accumulate > 1 else []
+        how += ["engine.recompute"] if engine.recompute else []
+        how += [f"engine.compile {engine.compile}"] if engine.compile != "off" else []
+        processes = f" x {world_size()} processes ({engine.parallel})" if world_size() > 1 else ""
+        self.say(f"computing on {device_name(job.device)}{processes}: {', '.join(how)}")
+        slow = slow_on_cpu(job.tokenizer.dtype, job.device)
+        if slow is not None:
+            self.say(f"warning: {slow}")
         if job.perceptual is not None and config.perceptual.network != "lpips-vgg":
             self.say(f"the perceptual loss compares features of {config.perceptual.network}; it is not LPIPS")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -22,7 +22,7 @@ from vfmvae.losses.perceptual import LPIPS, VGG16, PerceptualNetwork, perceptual
 from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.parts import part_modules, set_trained
-from vfmvae.training.adaptive import LIMITS, AdaptiveWeight, Balanced
+from vfmvae.training.adaptive import BALANCED_TERMS, LIMITS, AdaptiveWeight, Balanced
 from vfmvae.training.adversary import TERMS_OF, Adversary, PatchAdversary, ProjectedAdversary
 from vfmvae.training.companion import Companion
 from vfmvae.training.companion import check_new as check_companion
@@ -261,8 +261,10 @@ class Job:
         self.state.modules.pop("snapshot", None)
         if self.snapshot is not None:
             self.state.modules["snapshot"] = self.snapshot
+        for guard in (self.guard, *(a.guard for a in self.playing)):
+            guard.begin_stage()
         self.stage = stage
-        self.state.numbers["stage"] = number
+        self.state.numbers |= {"stage": number, "measured": []}
         if self.config.engine.parallel == "ddp":
             self.model = self._replicated(self.forward)
 
@@ -400,8 +402,15 @@ class Job:
         return losses.adaptive_alignment if name == "alignment" else losses.adaptive_adversarial
 
     def measures(self, name: Balanced) -> bool:
-        """Whether this step measures that weight."""
-        return self.is_adaptive(name) and self.state.step % self.config.engine.adaptive_every == 0
+        """Whether a step that has its terms measures that weight; the first one of a stage does always."""
+        first = name not in self.state.numbers["measured"]
+        return self.is_adaptive(name) and (first or self.state.step % self.config.engine.adaptive_every == 0)
+
+    def note_measured(self, weights: Mapping[str, float]) -> None:
+        """Goes at the end of a step with terms of these weights."""
+        on = {"alignment": "alignment" in weights, "adversarial": any(t in weights for t in BALANCED_TERMS)}
+        known = self.state.numbers["measured"]
+        known += [name for name in LIMITS if on[name] and self.measures(name) and name not in known]
 
     def factor(self, name: Balanced, gradients: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The adaptive weight, or 1; measured anew from gradients, times the loss's scale, if given."""
@@ -418,8 +427,9 @@ class Job:
         self.ema.update(ema_beta(self.stage.ema, self.config.batch_size, seen))
 
     def skips_in_a_row(self) -> int:
-        """How many of the last updates were skipped, with none in between that was not; waits."""
-        return int(self.guard.in_a_row.item())
+        """How many of the last updates were skipped, of the optimizer that has most; waits."""
+        guards = [self.guard, *(a.guard for a in self.playing), *(c.guard for c in self.companions)]
+        return int(torch.stack([guard.in_a_row for guard in guards]).amax().item())
 
     def begin_pass(self) -> None:
         """Goes before every step and every evaluation."""

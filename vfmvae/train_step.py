@@ -53,7 +53,7 @@ class StepResult(NamedTuple):
     """What a step reports, all on the device."""
 
     losses: dict[str, Tensor]  # unweighted scalars, and "total"
-    skipped: Tensor  # 1.0 if the tokenizer's update was skipped, else 0.0
+    skipped: Tensor  # 1.0 if any update of the step was skipped, the tokenizer's or another's, else 0.0
 
 
 class Part(NamedTuple):
@@ -83,6 +83,7 @@ def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float
     ]
     shared = job.config.engine.share_forward and len(parts) == 1
     losses: dict[str, Tensor] = {}
+    skipped: list[Tensor] = []
     output = None
     if job.playing:
         if shared:
@@ -91,11 +92,11 @@ def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float
         else:
             fakes = discriminator_images(job, parts, weights)
         for adversary in job.playing:
-            losses[f"discriminator_{adversary.name}"] = discriminator_step(
-                job, adversary, parts, fakes, weights
-            )
-    of_tokenizer, skipped = generator_step(job, parts, weights, output)
-    return StepResult({**of_tokenizer, **losses}, skipped)
+            loss, skip = discriminator_step(job, adversary, parts, fakes, weights)
+            losses[f"discriminator_{adversary.name}"] = loss
+            skipped.append(skip)
+    of_tokenizer, skip = generator_step(job, parts, weights, output)
+    return StepResult({**of_tokenizer, **losses}, torch.stack([*skipped, skip]).amax())
 
 
 def forward(
@@ -134,8 +135,10 @@ def discriminator_step(
     parts: Sequence[Part],
     fakes: Sequence[tuple[Tensor, Tensor]],
     weights: Mapping[str, float],
-) -> Tensor:
-    """One update of a discriminator from targets (real) and reconstructions (fake); returns its loss."""
+) -> tuple[Tensor, Tensor]:
+    """One update of a discriminator from targets (real) and reconstructions (fake); returns its loss, and 1.0
+    if the update was skipped.
+    """
     adversary.optimizer.zero_grad(set_to_none=True)
     adversary.game.prepare()
     losses = []
@@ -145,14 +148,16 @@ def discriminator_step(
             (loss * (adversary.guard.scale / len(parts))).backward()
         losses.append(loss.detach())
     loss = torch.stack(losses).mean()
-    update(adversary.optimizer, adversary.parameters, adversary.guard, loss, job.config.engine.clip_norm)
-    return loss
+    skip, _ = update(
+        adversary.optimizer, adversary.parameters, adversary.guard, loss, job.config.engine.clip_norm
+    )
+    return loss, skip
 
 
 def generator_step(
     job: Job, parts: Sequence[Part], weights: Mapping[str, float], output: StepOutput | None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One update of the tokenizer; returns its losses, and 1.0 if the update was skipped.
+    """One update of the tokenizer and its companions; returns its losses, and 1.0 if one was skipped.
 
     `output`: the forward of the only part, where the discriminators used it already.
     """
@@ -181,15 +186,18 @@ def generator_step(
     if "alignment" in losses:
         losses["alignment_factor"] = weights["alignment"] * job.factor("alignment")
         total = total + losses["alignment_factor"] * losses["alignment"]
+    skipped = []
     for companion in job.companions:
         # Its losses went backward with the tokenizer's, and carry that scale, which the next line may move.
         scale_gradients(companion.parameters, job.guard.scale.reciprocal())
         loss = losses[f"{companion.name}_own"]
-        update(companion.optimizer, companion.parameters, companion.guard, loss, job.config.engine.clip_norm)
+        clip_norm = job.config.engine.clip_norm
+        skipped.append(update(companion.optimizer, companion.parameters, companion.guard, loss, clip_norm)[0])
     skip, norm = update(job.optimizer, job.trained, job.guard, total, job.config.engine.clip_norm)
     job.buffers.restore(skip)
     job.average()
-    return {**losses, "total": total, "gradient_norm": norm}, skip
+    job.note_measured(weights)
+    return {**losses, "total": total, "gradient_norm": norm}, torch.stack([*skipped, skip]).amax()
 
 
 def generator_backward(

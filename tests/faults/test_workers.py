@@ -102,7 +102,7 @@ def first_images(images: Path, count: int) -> set[int]:
 
 
 def test_a_held_out_image_that_vanishes_costs_no_step(images: Path, tmp_path: Path) -> None:
-    config = cheap(steps=5, data=str(images), evaluate_every=3)
+    config = cheap(steps=5, data=str(images), evaluate_every=3 * 2)
     held_out = images / "val" / "held_out.png"
     with (
         pytest.MonkeyPatch.context() as patch,

@@ -34,10 +34,38 @@ def test_an_explosion_is_many_times_the_running_mean(monkeypatch: pytest.MonkeyP
     mean = 1.0
     for norm in (50.0, 1.0):
         mean += StepGuard.MEAN_WEIGHT * (norm - mean)
-    assert judged(guard, 10.1 * mean, 9.9 * mean) == [1, 0]
+    assert judged(guard, 10.1 * mean) == [1]
+    mean *= StepGuard.MEAN_GROWTH
+    assert guard.state_dict()["mean_norm"].item() == pytest.approx(mean), "how far it exploded does not count"
+    assert judged(guard, 9.9 * mean) == [0]
     mean += StepGuard.MEAN_WEIGHT * (9.9 * mean - mean)
-    assert judged(guard, 10.1 * mean) == [1], "a skipped norm does not enter the mean"
-    assert guard.state_dict()["mean_norm"].item() == pytest.approx(mean)
+    assert judged(guard, math.nan) == [1]
+    assert guard.state_dict()["mean_norm"].item() == pytest.approx(mean), "nor does what is not finite"
+
+
+def test_gradients_that_stay_large_are_not_skipped_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepGuard, "WARMUP", 3)
+    guard = StepGuard(SafetyConfig(explosion=10.0), CPU, scaled=False)
+    judged(guard, *[1.0] * 5)
+    verdicts = judged(guard, *[15.0] * 20)
+    # 1.1^5 = 1.61: after five skipped steps 15 lies within ten times the mean.
+    assert verdicts == [1] * 5 + [0] * 15
+    assert judged(guard, 1e9) == [1], "and an explosion is one still"
+
+
+def test_steps_without_gradients_say_nothing_of_those_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepGuard, "WARMUP", 3)
+    guard = StepGuard(SafetyConfig(), CPU, scaled=False)
+    assert judged(guard, *[2e-3] * 10, *[0.0] * 500, *[2e-3] * 5) == [0] * 515
+
+
+def test_another_stage_has_gradients_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepGuard, "WARMUP", 3)
+    guard = StepGuard(SafetyConfig(), CPU, scaled=False)
+    assert judged(guard, *[1.0] * 5, 1e4) == [0] * 5 + [1]
+    guard.begin_stage()
+    assert judged(guard, *[1e4] * 5, 1e8) == [0] * 5 + [1]
+    assert guard.skipped == 2, "what has happened stays counted"
 
 
 def test_explosions_may_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

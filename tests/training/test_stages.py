@@ -99,3 +99,22 @@ def test_losses_that_cannot_train_are_refused() -> None:
         LossWeights(r1=0.5)
     with pytest.raises(ValueError, match="names the loss 'l3', which does not exist; known: l1, l2, "):
         TermSchedule(term="l3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"blur_sigma": 5.0}, "blur_images 0, so nothing would be blurred"),
+        (
+            {"losses": LossWeights(), "schedules": (TermSchedule(term="adversarial", start=5),)},
+            "schedule for losses.adversarial, whose weight is 0",
+        ),
+        (
+            {"images": 100, "schedules": (TermSchedule(term="l1", start=500),)},
+            "losses.l1 starts after 500 images, and the stage has 100",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(changes: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        stage(**changes)

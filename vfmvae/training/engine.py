@@ -19,7 +19,8 @@ class EngineConfig:
     """One forward per step for discriminator and tokenizer, with the same random draws; else two, with
     draws of their own, as published."""
     accumulate: int = 1
-    """Parts that every batch is computed in, one after another; the update is that of the whole batch."""
+    """Parts that every batch is computed in, one after another; the update is that of the whole batch.
+    Several parts are computed twice against a discriminator: for it, and for the tokenizer."""
     adaptive_every: int = 1
     """Steps between two measurements of the adaptive weights; they stay as they are in between."""
     clip_norm: float = 0.0

@@ -46,6 +46,7 @@ class StepGuard:
     FIRST_SCALE = 2.0**16  # of fp16
     WARMUP = 100  # steps before the running mean is trusted
     MEAN_WEIGHT = 0.02  # of the newest norm in the running mean
+    MEAN_GROWTH = 1.1  # of the running mean with a step that was skipped for its size
     GROWTH_STEPS = 2000  # good steps after which the scale doubles
 
     def __init__(self, config: SafetyConfig, device: torch.device, scaled: bool) -> None:
@@ -83,14 +84,18 @@ class StepGuard:
         Every rank must give the same norm; one computed after gradients were reduced is the same.
         """
         numbers = self._numbers
-        bad = ~(norm.isfinite() & loss.isfinite())
+        bad = broken = ~(norm.isfinite() & loss.isfinite())
         if self._explosion:
             trusted = numbers["good"] >= self.WARMUP
             bad = bad | (trusted & (norm > self._explosion * numbers["mean_norm"]))
-        good = ~bad
+        # A discriminator that has won has no gradients for a while, which says nothing of those to come.
+        good = ~bad & (norm > 0)
         weight = torch.where(numbers["good"] == 0, 1.0, self.MEAN_WEIGHT)
-        mean = numbers["mean_norm"].lerp(norm.float().nan_to_num(), weight)
-        numbers["mean_norm"].copy_(torch.where(bad, numbers["mean_norm"], mean))
+        before = numbers["mean_norm"]
+        mean = before.lerp(norm.float().nan_to_num(), weight)
+        # Where gradients stay as large as that they have not exploded: the loss is another one.
+        mean = torch.where(bad & ~broken, before * self.MEAN_GROWTH, mean)
+        before.copy_(torch.where(good | (bad & ~broken), mean, before))
         numbers["good"] += good
         numbers["skipped"] += bad
         numbers["in_a_row"].add_(1.0).mul_(bad)
@@ -105,6 +110,11 @@ class StepGuard:
         grows = steps >= self.GROWTH_STEPS
         self.scale.mul_(torch.where(bad, 0.5, torch.where(grows, 2.0, 1.0)))
         steps.mul_(~grows)
+
+    def begin_stage(self) -> None:
+        """Forget how large gradients were: another stage has other losses."""
+        for name in ("mean_norm", "good"):
+            self._numbers[name].zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._numbers

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from vfmvae import __version__
 from vfmvae.atomic import reason, write_atomically
+from vfmvae.training.device import device_name
 from vfmvae.training.distributed import mean_over_ranks, world_size
 from vfmvae.training.trackers import Tracker
 
@@ -323,14 +324,9 @@ class _Display:
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """When, with what and on what a process runs: the content of a start line."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        name = f"{platform.machine()} CPU, {capability}, {torch.get_num_threads()} threads"
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": name,
+        "device": device_name(device),
         "processes": world_size(),
         "vfmvae": __version__,
         "torch": torch.__version__,

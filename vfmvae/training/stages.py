@@ -162,10 +162,26 @@ class StageConfig:
                 f"stage {self.name!r} trains 'align', which only losses.alignment reads; give that a weight"
                 f" or leave 'align' out of trains"
             )
+        for schedule in self.schedules:
+            if not getattr(self.losses, schedule.term):
+                raise ValueError(
+                    f"stage {self.name!r} has a schedule for losses.{schedule.term}, whose weight is 0; give"
+                    f" it one or leave out the schedule"
+                )
+            if schedule.start >= self.images:
+                raise ValueError(
+                    f"stage {self.name!r}: losses.{schedule.term} starts after {schedule.start} images, and"
+                    f" the stage has {self.images}; schedules count from the beginning of the stage"
+                )
         if self.blur_sigma < 0 or self.blur_images < 0:
             raise ValueError(
                 f"stage {self.name!r}: blur_sigma {self.blur_sigma} and blur_images {self.blur_images}"
                 f" must not be negative"
+            )
+        if self.blur_sigma and not self.blur_images:
+            raise ValueError(
+                f"stage {self.name!r}: blur_sigma is {self.blur_sigma} and blur_images 0, so nothing would be"
+                f" blurred; say over how many images the blur fades"
             )
 
     def weights(self, seen_images: int) -> dict[str, float]:
