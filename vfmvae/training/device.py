@@ -68,7 +68,7 @@ def slow_on_cpu(dtype: torch.dtype | None, device: torch.device) -> str | None:
     if device.type != "cpu" or names is None or platform.machine() not in ("x86_64", "AMD64"):
         return None
     # torch before 2.14 tells the width of vectors only.
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     if any(found.get(name) for name in names):
         return None
     if names[0] not in found and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
