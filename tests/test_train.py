@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from PIL import Image
 import vfmvae
 import vfmvae.train
 from tests.helpers import ROOT
+from tests.host_reads import host_reads
 from tests.tiny_runs import ALL_LOSSES, stage, tiny
 from tests.whole_runs import (
     assert_same_run,
@@ -34,6 +38,7 @@ from tests.whole_runs import (
 from vfmvae.config import TrainConfig
 from vfmvae.data import Photographs
 from vfmvae.serialization import to_json
+from vfmvae.training.device import slow_on_cpu
 from vfmvae.training.run_folder import RunFolder
 from vfmvae.training.stages import IMAGE_TERMS, LossWeights
 
@@ -123,7 +128,10 @@ def test_fused_and_reference_give_the_same_losses(tmp_path: Path) -> None:
 def test_half_precision_runs_on_the_cpu(dtype: str, tmp_path: Path) -> None:
     losses = replace(ALL_LOSSES, patch_adversarial=0.0, feature_matching=0.0)
     printed = run(tiny(stages=(stage(losses),), dtype=dtype, steps=8), tmp_path)
-    assert {"bf16": "bfloat16", "fp16": "float16"}[dtype] in printed
+    name = {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+    assert f"1 thread: {name} beside float32 parameters, fused operations\n" in printed
+    slow = slow_on_cpu(getattr(torch, name), torch.device("cpu"))
+    assert printed.count("warning: this CPU has no instructions for") == (slow is not None)
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path).values()), "parameters are fp32"
     skipped = [line["skipped_steps"] for line in lines(tmp_path)]
     scale = state(tmp_path)["others.tokenizer_guard.scale"].item()
@@ -144,6 +152,23 @@ def test_steps_shares_the_updates_among_the_stages(tmp_path: Path) -> None:
 def test_as_many_checkpoints_stay_as_asked(tmp_path: Path) -> None:
     run(cheap(checkpoint_every=1, keep_checkpoints=3), tmp_path)
     assert saved_steps(tmp_path) == [2, 3, 4]
+
+
+def test_the_loop_reads_the_device_once_per_log_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(stages=(stage(ALL_LOSSES),), steps=7, log_every=3)
+    real_advance, found = vfmvae.train.Run.advance, []
+
+    def counted(*arguments: Any) -> bool:
+        with host_reads() as reads:
+            done = real_advance(*arguments)
+        found.extend(read for read in reads if "loader.py" not in read)  # a seed that never left the host
+        return done
+
+    monkeypatch.setattr(vfmvae.train.Run, "advance", counted)
+    run(config, tmp_path)
+    assert len(found) == len(lines(tmp_path)) == 3, found
 
 
 # Going on
@@ -188,10 +213,45 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_cleanly(
         os.killpg(process.pid, number)
         output = process.communicate()[0]
     assert process.returncode == code, output
-    (step,) = saved_steps(folder)
+    first, step = saved_steps(folder)
+    assert first == 0
     assert output.endswith(f"stopped after step {step}; go on with: {RunFolder(folder).resume_command()}\n")
     assert output.count("stopping after this step") == 1
     assert "Traceback" not in output
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    config, folder = cheap(steps=10_000), tmp_path / "run"
+    with training_process(config, folder) as first:
+        wait_for_step(first, folder, 1)
+        command = [sys.executable, "-m", "vfmvae.train", "--run-dir", str(folder), "--resume"]
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert first.poll() is None, "the first is not disturbed"
+    assert (second.returncode, second.stdout) == (1, "")
+    assert second.stderr == (
+        f"error: process {first.pid} on {socket.gethostname()} trains in {folder} now; wait until it ends,"
+        f" stop it, or give another --run-dir\n"
+    )
+    assert "from step 0\n" in run(replace(config, steps=1), folder), "killed, it is in nobody's way"
+
+
+class Killed(BaseException):
+    """What no part of the program sees coming."""
+
+
+def test_a_run_that_is_killed_in_its_first_step_goes_on_from_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cheap(steps=2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(vfmvae.train, "training_step", mock.Mock(side_effect=Killed))
+        run(config, tmp_path / "killed")
+    assert saved_steps(tmp_path / "killed") == [0]
+    assert not (tmp_path / "killed" / "model.safetensors").exists(), "nothing has been trained"
+    torch.manual_seed(12345)
+    assert "from step 0\n" in run(config, tmp_path / "killed")
+    run(config, tmp_path / "undisturbed")
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "killed")
 
 
 @pytest.mark.parametrize("step", [1, 4])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from vfmvae.discriminators import ProjectedDiscriminatorConfig
+from vfmvae.discriminators.layers import group_count
 from vfmvae.losses.perceptual import PerceptualName
 from vfmvae.serialization import check_fields, from_dict, read_json
 from vfmvae.tokenizer import TokenizerConfig
@@ -19,7 +20,7 @@ from vfmvae.tokenizer.equivariance import check_equivariance
 from vfmvae.training.ema import EmaConfig
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.guard import SafetyConfig
-from vfmvae.training.stages import StageConfig, StagePlan
+from vfmvae.training.stages import ADVERSARIAL_TERMS, StageConfig, StagePlan
 from vfmvae.training.trackers import LogConfig
 
 
@@ -68,8 +69,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 0
     """Steps between evaluations on held-out images, with a picture each; 0: only at the end."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only at the end."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; 0: only at the beginning and the end."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
 
@@ -86,6 +87,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for stage in self.stages:
             self._check_stage(stage)
+            self._check_adaptive_alignment(stage)
 
     def _check_stage(self, stage: StageConfig) -> None:
         if stage.losses.alignment and -1 not in self.tokenizer.encoder.layers:
@@ -97,6 +99,38 @@ class TrainConfig:
             check_equivariance(stage.equivariance, self.tokenizer.resolution, INPUT_STRIDE)
         except ValueError as error:
             raise ValueError(f"stage {stage.name!r}: {error}") from None
+
+    def _check_adaptive_alignment(self, stage: StageConfig) -> None:
+        if not (stage.losses.alignment and stage.losses.adaptive_alignment):
+            return
+        if "fusion" not in stage.trains:
+            raise ValueError(
+                f"stage {stage.name!r} does not train 'fusion', so losses.adaptive_alignment has no gradient"
+                f" to compare; turn it off, or losses.alignment to 0"
+            )
+        parts = self.engine.accumulate
+        if self.engine.parallel == "fsdp" and parts > 1 and "encoder" in stage.trains:
+            raise ValueError(
+                f"stage {stage.name!r} trains 'encoder', so losses.adaptive_alignment cannot be measured with"
+                f" engine.accumulate {parts} and engine.parallel fsdp; use engine.accumulate 1 or"
+                f" engine.parallel ddp"
+            )
+
+    def images_at_once(self, processes: int = 1) -> int:
+        """Images that one of so many processes computes at a time.
+
+        Raises ValueError for a batch that cannot be shared like that.
+        """
+        parts = processes * self.engine.accumulate
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shared by {processes} processes in"
+                f" {self.engine.accumulate} parts (engine.accumulate); use a multiple of {parts}"
+            )
+        images = self.batch_size // parts
+        if any(getattr(stage.losses, term) for stage in self.stages for term in ADVERSARIAL_TERMS):
+            group_count(images)  # found now, not when the stage begins
+        return images
 
     def plan(self) -> StagePlan:
         """The stages in updates."""

@@ -70,6 +70,7 @@ def demo() -> TrainConfig:
         ema=EmaConfig(half_life_images=200),
         batch_size=4,
         threads=1,
+        checkpoint_every=250,
     )
 
 
@@ -122,7 +123,6 @@ def vfm_vae_siglip2_large() -> TrainConfig:
         stages=(strong, weak, ssim, patch),
         fused=True,
         workers=8,
-        checkpoint_every=1000,
         evaluate_every=1000,
     )
 

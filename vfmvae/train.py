@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from vfmvae.cli import command, usage
 from vfmvae.config import TrainConfig
@@ -32,7 +33,7 @@ from vfmvae.train_job import Job
 from vfmvae.train_plan import describe
 from vfmvae.train_step import training_step
 from vfmvae.training.checkpoint import Checkpoints
-from vfmvae.training.device import pick_device
+from vfmvae.training.device import device_name, pick_device, slow_on_cpu
 from vfmvae.training.distributed import (
     any_rank,
     barrier,
@@ -46,6 +47,7 @@ from vfmvae.training.evaluation import Evaluation
 from vfmvae.training.figures import write_figure
 from vfmvae.training.logging import Position, TrainingLog
 from vfmvae.training.run_folder import RunFolder
+from vfmvae.training.run_lock import run_lock
 from vfmvae.training.safety import StopRequest
 from vfmvae.training.trackers import Tracker, open_trackers
 
@@ -65,7 +67,7 @@ def train(config: TrainConfig, folder: RunFolder, console: Console) -> None:
     config.log.check_available()
     with usage():
         device = pick_device(config.device)
-    with process_group(device):
+    with process_group(device), only_run_in(folder, console):
         run = Run(config, folder, console if rank() == 0 else Console(quiet=True))
         try:
             with lost_processes(), worker_deaths():
@@ -78,6 +80,13 @@ def train(config: TrainConfig, folder: RunFolder, console: Console) -> None:
         run.checkpoints.close()
     if stopped_by is not None:
         raise SystemExit(128 + stopped_by if stopped_by == signal.SIGINT else 0)
+
+
+def only_run_in(folder: RunFolder, console: Console) -> AbstractContextManager[None]:
+    """Keeps a second run out of a folder where one trains; the process of rank 0 sees to it."""
+    if rank() != 0:
+        return nullcontext()
+    return run_lock(folder.path, lambda sentence: console.print(sentence, soft_wrap=True, markup=False))
 
 
 class Run:
@@ -98,8 +107,10 @@ class Run:
         return Position(step, step * self.config.batch_size, self.job.stage.name)
 
     def begin(self) -> None:
-        """Take the folder, and the newest checkpoint in it if there is one."""
-        self.restore()
+        """Take the folder, and the newest checkpoint in it; a run without one leaves that of its beginning,
+        for a rollback or a kill before the next.
+        """
+        resumed = self.restore()
         job = self.job
         if rank() == 0:
             self.folder.begin(to_json(self.config), job.state.step, self.position.seen_images)
@@ -107,6 +118,9 @@ class Run:
         self.announce()
         if "initial" not in job.state.numbers:
             job.state.numbers["initial"] = job.evaluate().quality
+        if not resumed:
+            self.checkpoints.save(job.state)
+            self.checkpoints.wait()  # data workers must not be forked beside a thread that writes
 
     def restore(self) -> bool:
         """Take up the newest intact checkpoint and the stage it is from; returns whether there was one."""
@@ -142,9 +156,10 @@ class Run:
         with log, StopRequest(lambda: self.say("stopping after this step"), patient) as stop:
             if begun_at == 0:
                 log.evaluation(self.position, job.state.numbers["initial"])
+            log.skips_in_a_row = job.skips_in_a_row()
             while not self.advance(log, stop):
                 self.roll_back()
-                log.rewind(self.position)
+                log.rewind(self.position, job.skips_in_a_row())
             finished = job.state.step == job.plan.steps
             if finished:
                 last = self.evaluate(log) if job.state.step > begun_at else job.evaluate()
@@ -161,13 +176,13 @@ class Run:
         """Train until the end or a signal (True), or until too many steps in a row were skipped (False)."""
         job, config = self.job, self.config
         with closing(job.batches(job.state.step)) as batches:
-            for batch in batches:
+            while (batch := self.next_batch(batches, log)) is not None:
                 rates = job.begin_step()
                 log.enter_stage(job.stage.name)
                 result = training_step(job, batch, job.weights())
                 job.state.step += 1
                 means = log.step(self.position, result.losses, rates, result.skipped)
-                if means is not None and job.skips_in_a_row() >= config.safety.max_skips:
+                if means is not None and log.skips_in_a_row >= config.safety.max_skips:
                     return False
                 if self.due(config.evaluate_every):
                     self.evaluate(log)
@@ -177,6 +192,35 @@ class Run:
                 if any_rank(bool(stop.signal)):  # processes must stop at the same step
                     break
         return True
+
+    def next_batch(self, batches: Iterator[list[Tensor]], log: TrainingLog) -> list[Tensor] | None:
+        """This process's images of the next step; None after the last one."""
+        with self.keeping(log), worker_deaths():
+            return next(batches, None)
+
+    @contextmanager
+    def keeping(self, log: TrainingLog) -> Iterator[None]:
+        """Around what reads images between two steps: where that fails, what is done is saved first.
+
+        In several processes saving is a collective, and the others do not know of it.
+        """
+        try:
+            yield
+        except (ValueError, OSError):
+            if world_size() == 1:
+                self.keep(log)
+            raise
+
+    def keep(self, log: TrainingLog) -> None:
+        """Save the last complete step, if that is possible, and say how to go on."""
+        step = self.job.state.step
+        with suppress(OSError):  # what went wrong first is the cause
+            log.end_interval()
+            self.save()
+            self.checkpoints.wait()
+        if self.checkpoints.last_step == step:
+            command = self.folder.resume_command(launcher())
+            self.say(f"step {step} is saved; when the cause below is mended, go on with: {command}")
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps happens now; the end is taken care of."""
@@ -199,7 +243,7 @@ class Run:
 
     def evaluate(self, log: TrainingLog) -> Evaluation:
         """Measure and show the averaged weights on held-out images."""
-        with log.paused():
+        with self.keeping(log), log.paused():
             found = self.job.evaluate()
             log.evaluation(self.position, found.quality)
             if rank() == 0:
@@ -222,16 +266,24 @@ class Run:
         self.rollbacks_since_save = 0
 
     def announce(self) -> None:
-        """One line: what trains, how large it is, and on what."""
-        job, config = self.job, self.config
+        """What trains and how large it is; on what device, in what dtype, with what operations."""
+        job, config, engine = self.job, self.config, self.config.engine
         trained = sum(p.numel() for p in job.tokenizer.parameters() if p.requires_grad)
-        processes = f" x {world_size()} processes" if world_size() > 1 else ""
         self.say(
             f"{self.folder.path}: {trained / 1e6:.1f} M trained parameters, {config.tokenizer.resolution} px,"
-            f" batch {config.batch_size}, {job.device}{processes},"
-            f" {str(job.tokenizer.dtype).removeprefix('torch.')},"
-            f" {'fused' if config.fused else 'reference'} operations, from step {job.state.step}"
+            f" batches of {config.batch_size}, from step {job.state.step}"
         )
+        dtype = str(job.tokenizer.dtype).removeprefix("torch.")
+        how = [dtype if dtype == "float32" else f"{dtype} beside float32 parameters"]
+        how += ["fused operations" if config.fused else "reference operations"]
+        how += [f"engine.accumulate {engine.accumulate}"] if engine.accumulate > 1 else []
+        how += ["engine.recompute"] if engine.recompute else []
+        how += [f"engine.compile {engine.compile}"] if engine.compile != "off" else []
+        processes = f" x {world_size()} processes ({engine.parallel})" if world_size() > 1 else ""
+        self.say(f"computing on {device_name(job.device)}{processes}: {', '.join(how)}")
+        slow = slow_on_cpu(job.tokenizer.dtype, job.device)
+        if slow is not None:
+            self.say(f"warning: {slow}")
         if job.perceptual is not None and config.perceptual.network != "lpips-vgg":
             self.say(f"the perceptual loss compares features of {config.perceptual.network}; it is not LPIPS")
 

@@ -134,7 +134,7 @@ def test_a_dying_rank_ends_the_run_with_its_cause_and_it_goes_on_exactly(
     assert "rank 0 has lost another process of this run" in printed
     assert "Signal 9 (SIGKILL) received" in printed
     assert "[rank0]: Traceback" not in printed
-    assert [step_of(path) for path in checkpoints(folder / "dies" / "checkpoints")] == [HALF]
+    assert [step_of(path) for path in checkpoints(folder / "dies" / "checkpoints")] == [0, HALF]
     assert DYING_STEP not in steps_of(folder / "dies")
     printed = run("vfmvae.train", "--run-dir", folder / "dies", "--resume")
     assert f"from step {HALF}" in printed

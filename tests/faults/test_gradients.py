@@ -127,13 +127,38 @@ def test_a_run_that_cannot_go_on_says_so(tmp_path: Path, capsys: pytest.CaptureF
     assert saved_steps(tmp_path / "run") == [2, 4], "and what was good is still there"
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
-    config = cheap(steps=9, safety=SafetyConfig(max_skips=2))
+def test_before_the_first_periodic_checkpoint_a_run_goes_back_to_its_beginning(tmp_path: Path) -> None:
+    config = cheap(steps=4, checkpoint_every=0, safety=SafetyConfig(max_skips=2))
+    with poisoned_steps(lambda built: built.state.step in (1, 2) and "rollbacks" not in built.state.numbers):
+        printed = run(config, tmp_path)
+    assert printed.count("going back to the checkpoint of step 0") == 1
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines(tmp_path, "eval")] == [0, 4], "that of the beginning stays"
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_a_run_that_never_had_a_good_step_ends_after_its_returns(tmp_path: Path) -> None:
+    config = cheap(steps=9, safety=SafetyConfig(max_skips=2, max_rollbacks=1))
     with (
         poisoned_steps(lambda built: True),
         pytest.raises(FloatingPointError, match="2 steps in a row up to step 2 were skipped, because"),
     ):
         run(config, tmp_path)
+    assert saved_steps(tmp_path) == [0]
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 3])
+def test_checkpoints_among_skipped_steps_do_not_begin_the_count_anew(tmp_path: Path, log_every: int) -> None:
+    # A checkpoint every step: after a return the steps before it count on, or a lost run would never end.
+    config = cheap(
+        steps=40, checkpoint_every=1, log_every=log_every, safety=SafetyConfig(max_skips=4, max_rollbacks=2)
+    )
+    with (
+        poisoned_steps(lambda built: built.state.step >= 2),
+        pytest.raises(FloatingPointError, match="4 steps in a row"),
+    ):
+        run(config, tmp_path)
+    assert saved_steps(tmp_path)[-1] < 10
 
 
 def test_an_exploding_gradient_skips_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

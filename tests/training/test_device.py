@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vfmvae.training.device import compute_dtype, pick_device, set_precision
+from vfmvae.training.device import compute_dtype, device_name, pick_device, set_precision, slow_on_cpu
 
 
 def test_auto_takes_cuda_where_there_is_one() -> None:
@@ -41,6 +41,41 @@ def test_auto_computes_in_bfloat16_on_cuda_alone() -> None:
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match="dtype is 'tf32'; it must be one of auto, fp32, bf16, fp16"):
         compute_dtype("tf32", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "width", "slow"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, "AVX512", False),
+        ({"avx512_bf16": False, "amx_bf16": True}, "AVX512", False),
+        ({"avx512_bf16": False, "amx_bf16": False}, "AVX512", True),
+        ({"avx512_bf16": False, "amx_bf16": False}, "AVX2", True),
+        ({}, "AVX2", True),
+        ({}, "AVX512", False),
+    ],
+)
+def test_a_cpu_without_instructions_for_it_is_slow_in_half_precision(
+    capabilities: dict[str, bool], width: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: width)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    cpu = torch.device("cpu")
+    sentence = slow_on_cpu(torch.bfloat16, cpu)
+    assert (sentence is not None) == slow
+    if sentence is not None:
+        assert sentence == (
+            "this CPU has no instructions for bfloat16 (AVX512-BF16 or AMX-BF16), so this is slower than"
+            " --dtype fp32"
+        )
+    assert slow_on_cpu(torch.float32, cpu) is slow_on_cpu(None, cpu) is None
+    assert slow_on_cpu(torch.bfloat16, torch.device("cuda")) is None
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert slow_on_cpu(torch.bfloat16, cpu) is None
+
+
+def test_the_cpu_is_named_with_its_threads() -> None:
+    assert device_name(torch.device("cpu")).endswith(f", {torch.get_num_threads()} thread")
 
 
 @pytest.fixture

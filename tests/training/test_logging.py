@@ -97,6 +97,20 @@ def test_skipped_steps_are_counted_and_do_not_enter_the_means(tmp_path: Path) ->
     assert ["1 skipped" in output.getvalue().splitlines()[0], "2 skipped" in output.getvalue()] == [True] * 2
 
 
+def test_skips_in_a_row_are_counted_over_the_ends_of_intervals(tmp_path: Path) -> None:
+    flags, counts = [1, 0, 1, 1, 1, 1, 0, 1, 1], []
+    with open_log(tmp_path / "m", total=20, every=3) as log:
+        for step, flag in enumerate(flags, 1):
+            stage = "first" if step <= 4 else "second"  # which ends an interval too
+            log.enter_stage(stage)
+            log.step(at(step, stage), scalars(l1=1.0), {}, torch.tensor(float(flag)))
+            counts.append(log.skips_in_a_row)
+        assert counts == [0, 0, 1, 1, 2, 4, 4, 4, 2]
+        log.rewind(at(2), skips_in_a_row=3)
+        log.step(at(3), scalars(l1=1.0), {}, torch.tensor(1.0))
+        assert log.skips_in_a_row == 4
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_null_and_told_to_the_caller(tmp_path: Path, bad: float) -> None:
     with open_log(tmp_path / "m", total=2, every=1) as log:

@@ -43,7 +43,7 @@ def load_batches(
         pin: page-locked memory, from which copies to a GPU do not block.
 
     Close it where it is not read to its end, which ends the workers. Raises ValueError for an image that
-    cannot be read; `worker_deaths` says what a worker that dies does.
+    cannot be read, and RuntimeError where a batch is awaited from a worker that has died (`worker_deaths`).
     """
     loader = DataLoader(
         _Batches(source, batch_size),
@@ -56,10 +56,15 @@ def load_batches(
     # Ctrl-C and batch systems signal every process of a run; workers inherit that these are blocked, and read
     # on until the parent has finished.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    on_death = signal.getsignal(signal.SIGCHLD)
     try:
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # torch's own handler raises wherever the program is when a worker dies: in the middle of a step, of
+        # which nothing could be kept. Without it the death is noticed where the worker's batch is awaited.
+        if signal.getsignal(signal.SIGCHLD) is not on_death:
+            signal.signal(signal.SIGCHLD, on_death or signal.SIG_DFL)
     try:
         for batch in batches:
             if isinstance(batch, ValueError):
@@ -71,10 +76,7 @@ def load_batches(
 
 @contextmanager
 def worker_deaths() -> Iterator[None]:
-    """While entered, a worker that dies ends the work with ChildProcessError, a sentence.
-
-    torch raises its own error wherever the program is at that moment, not where a batch is awaited.
-    """
+    """While entered, a worker that has died ends the work with ChildProcessError, a sentence."""
     try:
         yield
     except RuntimeError as error:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import platform
 
 import torch
 
 from vfmvae.training.distributed import local_rank
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What x86 processors call their instructions for matrix products in these.
+_HALF_INSTRUCTIONS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,6 +48,35 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; it must be one of auto, {', '.join(DTYPES)}")
     return DTYPES[name] if name != "fp32" else None
+
+
+def device_name(device: torch.device) -> str:
+    """What computes, for a reader: a GPU's name, or the CPU, its vector instructions and the threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU, {capability}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def slow_on_cpu(dtype: torch.dtype | None, device: torch.device) -> str | None:
+    """A sentence where `dtype` is slower than float32 on this CPU, which has no instructions for it.
+
+    None on other devices, for float32 (None too), and where that is not known.
+    """
+    names = _HALF_INSTRUCTIONS.get(dtype) if dtype is not None else None
+    if device.type != "cpu" or names is None or platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    # torch before 2.14 tells the width of vectors only.
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    if any(found.get(name) for name in names):
+        return None
+    if names[0] not in found and torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return None
+    return (
+        f"this CPU has no instructions for {str(dtype).removeprefix('torch.')}"
+        f" ({' or '.join(names).upper().replace('_', '-')}), so this is slower than --dtype fp32"
+    )
 
 
 def set_precision(*, deterministic: bool) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from vfmvae import __version__
 from vfmvae.atomic import reason, write_atomically
+from vfmvae.training.device import device_name
 from vfmvae.training.distributed import mean_over_ranks, world_size
 from vfmvae.training.trackers import Tracker
 
@@ -80,6 +81,9 @@ class TrainingLog:
         self._values = _DeviceValues()
         self._rates: dict[str, float] = {}
         self._skipped_steps = 0
+        self.skips_in_a_row = 0
+        """How many of the last updates were skipped, with none in between that was not, as of the last
+        interval's end; equal in all processes."""
         self._clock = time.perf_counter()
 
     def __enter__(self) -> TrainingLog:
@@ -97,7 +101,7 @@ class TrainingLog:
     ) -> None:
         try:
             if kind is None:  # after an error the device may not answer
-                self._end_interval()
+                self.end_interval()
         finally:
             if self._display is not None:
                 self._display.close()
@@ -134,13 +138,13 @@ class TrainingLog:
         if self._display is not None:
             self._display.advance(now)
         if now.step % self._every == 0 or now.seen_images >= self._total_images:
-            return self._end_interval()
+            return self.end_interval()
         return None
 
     def enter_stage(self, stage: str) -> None:
         """End the interval where another stage begins; call it before that stage's first step."""
         if stage != self._last.stage:
-            self._end_interval()
+            self.end_interval()
             self._last = self._last._replace(stage=stage)
 
     def evaluation(self, now: Position, quality: Mapping[str, float]) -> None:
@@ -157,13 +161,16 @@ class TrainingLog:
         for tracker in self._trackers:
             tracker.picture(path, now.seen_images)
 
-    def rewind(self, to: Position) -> None:
+    def rewind(self, to: Position, skips_in_a_row: int = 0) -> None:
         """Go on from an earlier position: forget what came after it, in metrics.jsonl too.
+
+        `skips_in_a_row`: as it was there.
 
         A tracker shows the second time over the first.
         """
         self._values = _DeviceValues()
         self._last = self._interval_start = to
+        self.skips_in_a_row = skips_in_a_row
         self._clock = time.perf_counter()
         if self._main:
             keep_lines_until(self._path, to.step)
@@ -181,10 +188,16 @@ class TrainingLog:
         finally:
             self._clock += time.perf_counter() - paused_at
 
-    def _end_interval(self) -> dict[str, float] | None:
+    def end_interval(self) -> dict[str, float] | None:
+        """Read, show and write the steps since the last interval, and return their means; None if there are
+        none. Call it in every process alike.
+        """
         if self._values.empty:
             return None
-        means, skipped_steps = self._values.read()
+        means, skipped = self._values.read()
+        for skip in skipped:
+            self.skips_in_a_row = self.skips_in_a_row + 1 if skip else 0
+        skipped_steps = sum(skipped)
         clock = time.perf_counter()
         seconds = clock - self._clock
         speed = (self._last.seen_images - self._interval_start.seen_images) / seconds
@@ -232,24 +245,22 @@ class _DeviceValues:
         # A copy: memory of a captured step is overwritten by the next one.
         self._rows.append(torch.stack([value.detach().float() for value in named.values()]))
 
-    def read(self) -> tuple[dict[str, float], int]:
-        """The means over the steps that were not skipped, the number of those that were; then empty."""
+    def read(self) -> tuple[dict[str, float], list[bool]]:
+        """The means over the steps that were not skipped, and which were, in order; then empty."""
         table = torch.cat(self._rows)
         mean_over_ranks(table)
         values = iter(table.tolist())  # the one wait for the device
         steps = [{name: next(values) for name in names} for names in self._names]
         self._names, self._rows = [], []
         counted: dict[str, list[float]] = {}
-        skipped_steps = 0
-        for step in steps:
-            skipped = step.pop(_SKIPPED, 0.0) != 0
-            skipped_steps += skipped
+        skipped = [step.pop(_SKIPPED, 0.0) != 0 for step in steps]
+        for step, skip in zip(steps, skipped, strict=True):
             for name, value in step.items():
                 found = counted.setdefault(name, [])
-                if not skipped:
+                if not skip:
                     found.append(value)
         means = {name: sum(found) / len(found) if found else math.nan for name, found in counted.items()}
-        return means, skipped_steps
+        return means, skipped
 
 
 class _Display:
@@ -313,14 +324,9 @@ class _Display:
 
 def environment(device: torch.device) -> dict[str, str | int]:
     """When, with what and on what a process runs: the content of a start line."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        name = f"{platform.machine()} CPU, {capability}, {torch.get_num_threads()} threads"
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": name,
+        "device": device_name(device),
         "processes": world_size(),
         "vfmvae": __version__,
         "torch": torch.__version__,
