@@ -6,17 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.tiny_runs import ALL_LOSSES, job, largest_difference, parameters, steps
 from vfmvae.images import to_unit
 from vfmvae.losses.alignment import adaptive_weight
 from vfmvae.train_job import Job
 from vfmvae.train_step import GENERATOR, TOKENIZER, Part, forward, generator_backward, training_step
-from vfmvae.training.companion import CompanionLosses
-from vfmvae.training.draws import StepDraws
 from vfmvae.training.objective import image_losses, latent_losses
-from vfmvae.training.optim import OptimizerConfig
 from vfmvae.training.stages import LossWeights
 
 
@@ -143,38 +140,3 @@ def test_recomputed_blocks_give_the_same_update() -> None:
     kept, again = job(), job(recompute=True)
     steps(kept, 2), steps(again, 2)
     assert largest_difference(parameters(kept), parameters(again)) < 1e-6
-
-
-class Reader(nn.Module):
-    """Guesses the mean brightness of each latent position; stands for a diffusion model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(32, 1)
-
-    def forward(self, latents: Tensor, features: list[Tensor], draws: StepDraws) -> CompanionLosses:
-        noise = draws.normal(latents.shape[1:])
-        of_latents = self.linear(latents.movedim(1, -1)).square().mean()
-        own = (self.linear(latents.detach().movedim(1, -1)) - noise.mean()).square().mean()
-        return CompanionLosses(of_latents, own)
-
-
-def test_a_companion_trains_along_and_reaches_the_latents() -> None:
-    with_weight, without = (companion_job(weight) for weight in (1.0, 0.0))
-    before = [p.detach().clone() for p in with_weight.companions[0].parameters]
-    result = steps(with_weight, 2)[-1]
-    steps(without, 2)
-    assert {"reader", "reader_own"} <= result.losses.keys()
-    assert any(
-        not torch.equal(a, b) for a, b in zip(before, with_weight.companions[0].parameters, strict=True)
-    )
-    difference = (with_weight.tokenizer.last_fusion_weight - without.tokenizer.last_fusion_weight).abs().max()
-    assert difference > 1e-5
-    assert "modules.reader.linear.weight" in with_weight.state.tensors()
-
-
-def companion_job(weight: float) -> Job:
-    built = job(LossWeights(alignment=0.5))
-    torch.manual_seed(5)
-    built.add_companion("reader", Reader(), weight, OptimizerConfig(learning_rate=1e-2))
-    return built

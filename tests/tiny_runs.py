@@ -99,6 +99,9 @@ def parameters(built: Job) -> dict[str, Tensor]:
     found = {f"tokenizer.{n}": p for n, p in built.tokenizer.named_parameters() if p.requires_grad}
     for adversary in built.adversaries:
         found |= {f"{adversary.name}.{n}": p for n, p in adversary.game.named_parameters() if p.requires_grad}
+    for companion in built.companions:
+        model = built.state.modules[companion.name]
+        found |= {f"{companion.name}.{n}": p for n, p in model.named_parameters() if p.requires_grad}
     return {name: p.detach().clone() for name, p in found.items()}
 
 

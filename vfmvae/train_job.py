@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from vfmvae.config import TrainConfig
 from vfmvae.data import load_batches, open_data
 from vfmvae.discriminators import PatchDiscriminator, ProjectedDiscriminator
 from vfmvae.discriminators.blur import blur_sigma
-from vfmvae.discriminators.layers import group_count
+from vfmvae.encoders import build_encoder
 from vfmvae.losses.perceptual import LPIPS, VGG16, PerceptualNetwork, perceptual_network
+from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.parts import part_modules, set_trained
 from vfmvae.training.adversary import TERMS_OF, Adversary, PatchAdversary, ProjectedAdversary
 from vfmvae.training.companion import Companion
+from vfmvae.training.companion import check_new as check_companion
 from vfmvae.training.device import compute_dtype, pick_device, set_precision
 from vfmvae.training.distributed import mean_over_ranks, rank, world_size
 from vfmvae.training.draws import StepDraws
@@ -33,14 +35,19 @@ from vfmvae.training.guard import BufferGuard, StepGuard
 from vfmvae.training.objective import AdaptiveWeight
 from vfmvae.training.optim import OptimizerConfig, build_optimizer, learning_rate, set_learning_rate
 from vfmvae.training.regions import (
+    begin_pass,
     compile_blocks,
     decoder_blocks,
     encoder_blocks,
     recompute_blocks,
-    shard_blocks,
+    shard,
 )
-from vfmvae.training.stages import ADVERSARIAL_TERMS, Place, StageConfig
+from vfmvae.training.stages import TERMS, Place, StageConfig
 from vfmvae.training.state import TrainingState
+
+REPORTED = (*TERMS, "total", "gradient_norm", "alignment_factor", *(f"discriminator_{n}" for n in TERMS_OF))
+"""Names of what a step reports; a companion needs one of its own."""
+ALWAYS = WeightSchedule()
 
 
 def run_device(config: TrainConfig) -> torch.device:
@@ -78,7 +85,7 @@ class Job:
         self.pretrained = pretrained
         self.plan = config.plan()
         self.device = run_device(config)
-        self.part_size = self._part_size()
+        self.part_size = config.images_at_once(world_size())
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         set_precision(deterministic=config.engine.deterministic)
@@ -86,8 +93,8 @@ class Job:
         self.data = open_data(config.data, "train", resolution, config.seed)
         self.held_out = open_data(config.data, "validation", resolution, config.seed)
         self._dtype = compute_dtype(config.dtype, self.device)
-        self.tokenizer = self._build_tokenizer("pretrained" if pretrained else None)
-        self.forward = TrainingForward(self.tokenizer)
+        self.forward = self._build_forward("pretrained" if pretrained else None)
+        self.tokenizer = self.forward.tokenizer
         self.model: nn.Module = self.forward
         self.perceptual = self._build_perceptual()
         self.distances = self._build_distances()
@@ -118,34 +125,24 @@ class Job:
 
     # Building
 
-    def _part_size(self) -> int:
-        """Images that one process computes at once."""
-        parts = world_size() * self.config.engine.accumulate
-        if self.config.batch_size % parts:
-            raise ValueError(
-                f"batch_size {self.config.batch_size} cannot be shared by {world_size()} processes in"
-                f" {self.config.engine.accumulate} parts (engine.accumulate); use a multiple of {parts}"
-            )
-        size = self.config.batch_size // parts
-        if any(getattr(s.losses, term) for s in self.config.stages for term in ADVERSARIAL_TERMS):
-            group_count(size)  # found now, not when the stage begins
-        return size
-
     @property
     def _sharded(self) -> bool:
         return self.config.engine.parallel == "fsdp" and world_size() > 1
 
-    def _build_tokenizer(self, encoder_weights: str | None) -> Tokenizer:
+    def _build_forward(self, encoder_weights: str | None) -> TrainingForward:
         torch.manual_seed(self.config.seed)
         tokenizer = Tokenizer(self.config.tokenizer, encoder_weights, self.config.fused)
         tokenizer.train().to(self.device).compute_dtype = self._dtype
-        engine = self.config.engine
+        forward, engine = TrainingForward(tokenizer), self.config.engine
+        of_encoder, of_decoder = encoder_blocks(tokenizer.encoder), decoder_blocks(tokenizer)
         if self._sharded:
-            shard_blocks([*encoder_blocks(tokenizer.encoder), *decoder_blocks(tokenizer)])
+            shard(forward, [of_encoder, of_decoder], methods=["reconstruct"])
         if engine.recompute:
-            recompute_blocks(decoder_blocks(tokenizer))
-        compile_blocks([*encoder_blocks(tokenizer.encoder), *decoder_blocks(tokenizer)], engine.compile)
-        return tokenizer
+            recompute_blocks(of_decoder, engine.compile)
+        else:
+            compile_blocks(of_decoder, engine.compile)
+        compile_blocks(of_encoder, engine.compile)
+        return forward
 
     def _build_perceptual(self) -> PerceptualNetwork | None:
         if not any(stage.losses.perceptual for stage in self.config.stages):
@@ -213,12 +210,23 @@ class Job:
                 module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
-    def add_companion(self, name: str, model: nn.Module, weight: float, optimizer: OptimizerConfig) -> None:
-        """Train `model` along with the tokenizer (vfmvae.training.companion). Goes before `enter_stage`."""
+    def add_companion(
+        self,
+        name: str,
+        model: nn.Module,
+        weight: float,
+        optimizer: OptimizerConfig,
+        schedule: WeightSchedule = ALWAYS,
+    ) -> None:
+        """Train `model` along with the tokenizer (vfmvae.training.companion). Goes before `enter_stage`.
+
+        ValueError if something in the run has that name, or the model trains already.
+        """
+        check_companion(name, model, weight, {*self.state.modules, "snapshot", *REPORTED}, self.companions)
         model.to(self.device)
         built = build_optimizer(optimizer, [p for p in model.parameters() if p.requires_grad])
         guard = StepGuard(self.config.safety, self.device, scaled=False)  # the tokenizer's scale is taken off
-        companion = Companion(name, self._replicated(model), weight, built, guard)
+        companion = Companion(name, self._replicated(model), weight, schedule, optimizer, built, guard)
         self.companions.append(companion)
         self.state.modules[name] = model
         self.state.optimizers[name] = built
@@ -238,15 +246,13 @@ class Job:
         self.trained = list(trained.values())
         earlier = getattr(self, "optimizer", None)
         self.optimizer = _next_optimizer(stage.optimizer, self.trained, earlier)
-        if stage.losses.alignment and stage.losses.adaptive_alignment:
-            self._check_adaptive(stage)
         self.playing = [
             a for a in self.adversaries if any(getattr(stage.losses, t) for t in TERMS_OF[a.name])
         ]
         for a in self.playing:
             a.optimizer = _next_optimizer(stage.discriminator_optimizer, a.parameters, a.optimizer)
             self.state.optimizers[a.name] = a.optimizer
-        self.snapshot = Snapshot(self._copy()) if stage.losses.preservation else None
+        self.snapshot = self._take_snapshot(stage) if stage.losses.preservation else None
         self.state.optimizers["tokenizer"] = self.optimizer
         self.state.modules.pop("snapshot", None)
         if self.snapshot is not None:
@@ -256,28 +262,20 @@ class Job:
         if self.config.engine.parallel == "ddp":
             self.model = self._replicated(self.forward)
 
-    def _copy(self) -> Tokenizer:
-        """The tokenizer as it is now."""
-        self.optimizer.zero_grad(set_to_none=True)
-        if not self._sharded:
-            return copy.deepcopy(self.tokenizer)
-        copied = self._build_tokenizer(None)  # FSDP2 does not copy modules
-        copied.load_state_dict(self.tokenizer.state_dict())
-        return copied
-
-    def _check_adaptive(self, stage: StageConfig) -> None:
-        if not self.tokenizer.last_fusion_weight.requires_grad:
-            raise ValueError(
-                f"stage {stage.name!r} does not train 'fusion', so losses.adaptive_alignment has no gradient"
-                f" to compare; turn it off, or losses.alignment to 0"
-            )
-        parts = self.config.engine.accumulate
-        if self._sharded and parts > 1 and "encoder" in stage.trains:
-            raise ValueError(
-                f"stage {stage.name!r} trains 'encoder', so losses.adaptive_alignment cannot be measured with"
-                f" engine.accumulate {parts} and engine.parallel fsdp; use engine.accumulate 1 or"
-                f" engine.parallel ddp"
-            )
+    def _take_snapshot(self, stage: StageConfig) -> Snapshot:
+        """The tokenizer's encoder side as it is now."""
+        encoder = self.tokenizer.encoder
+        fusion, bottleneck = copy.deepcopy(self.tokenizer.fusion), copy.deepcopy(self.tokenizer.bottleneck)
+        if "encoder" not in stage.trains:
+            return Snapshot(fusion, bottleneck)
+        # FSDP2 does not copy modules.
+        copied = build_encoder(encoder.config, None) if self._sharded else copy.deepcopy(encoder)
+        snapshot, blocks = Snapshot(fusion, bottleneck, copied.to(self.device)), encoder_blocks(copied)
+        if self._sharded:
+            shard(snapshot, [blocks])
+            copied.load_state_dict(encoder.state_dict())
+        compile_blocks(blocks, self.config.engine.compile)
+        return snapshot
 
     def check_position(self, step: int, stage: int) -> None:
         """ValueError unless a run that did `step` updates, the last in `stage`, can go on by this plan."""
@@ -303,14 +301,19 @@ class Job:
             rate = learning_rate(self.stage.discriminator_optimizer, progress)
             set_learning_rate(adversary.optimizer, rate)
             rates[f"discriminator_{adversary.name}"] = rate
+        for companion in self.companions:
+            rates[companion.name] = companion.follow((self.state.step + 0.5) / self.plan.steps)
         return rates
 
     # What a step asks for
 
     def weights(self) -> dict[str, float]:
-        """The weights of the terms that are on in the present step."""
+        """The weights of the terms that are on in the present step, and of the companions by name."""
         assert self.place is not None
-        return self.stage.weights(self.plan.stage_images(self.place))
+        of_stage = self.plan.stage_images(self.place)
+        of_run = of_stage + sum(stage.images for stage in self.config.stages[: self.place.stage])
+        of_companions = {c.name: c.weight_at(of_run) for c in self.companions}
+        return {**self.stage.weights(of_stage), **{name: w for name, w in of_companions.items() if w}}
 
     def batches(self, start: int) -> Generator[list[Tensor], None, None]:
         """This process's images of every step from `start` on: one uint8 [b, 3, R, R] per part."""
@@ -344,14 +347,12 @@ class Job:
 
     @contextmanager
     def _shards_waiting(self) -> Iterator[None]:
-        shards = [m for m in self.tokenizer.modules() if isinstance(m, FSDPModule)]
-        for shard in shards:
-            shard.set_requires_gradient_sync(False)
+        assert isinstance(self.forward, FSDPModule)
+        self.forward.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            for shard in shards:
-                shard.set_requires_gradient_sync(True)
+            self.forward.set_requires_gradient_sync(True)
 
     def reducing(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a part: gradients are averaged over processes with the last one."""
@@ -360,6 +361,14 @@ class Job:
         if isinstance(model, DistributedDataParallel):
             return model.no_sync()
         return self._shards_waiting()
+
+    @contextmanager
+    def reducing_tokenizer(self, last: bool) -> Iterator[None]:
+        """`reducing` for the tokenizer and its companions."""
+        with ExitStack() as entered:
+            for model in (self.model, *(companion.model for companion in self.companions)):
+                entered.enter_context(self.reducing(model, last))
+            yield
 
     def settle_unused(self) -> None:
         """Tell DDP, which waits for every gradient, that no loss of this step reads some parameters.
@@ -403,12 +412,15 @@ class Job:
         """How many of the last updates were skipped, with none in between that was not; waits."""
         return int(self.guard.in_a_row.item())
 
+    def begin_pass(self) -> None:
+        """Goes before every step and every evaluation."""
+        begin_pass(self.config.engine.compile)
+
     def evaluate(self) -> Evaluation:
         """Measure the averaged weights on held-out images."""
+        self.begin_pass()
         with self.ema.applied():
-            return evaluate(
-                self.tokenizer, self.held_out, min(self.part_size, HELD_OUT_IMAGES), self.distances
-            )
+            return evaluate(self.forward, self.held_out, min(self.part_size, HELD_OUT_IMAGES), self.distances)
 
     @torch.no_grad()
     def synchronise_statistics(self) -> None:

@@ -62,6 +62,10 @@ def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float
         batch: this process's images of the step, uint8 [b, 3, R, R] each: one part, or several to accumulate.
         weights: of the terms that are on in this step.
     """
+    job.begin_pass()
+    # Before the forward: the last step's gradients need no room beside this one's activations.
+    for optimizer in (job.optimizer, *(c.optimizer for c in job.companions)):
+        optimizer.zero_grad(set_to_none=True)
     job.buffers.keep()
     parts = [Part(to_unit(images), job.first_image(number)) for number, images in enumerate(batch)]
     shared = job.config.engine.share_forward and len(parts) == 1
@@ -132,14 +136,12 @@ def generator_step(
 
     `output`: the forward of the only part, where the discriminators used it already.
     """
-    for optimizer in (job.optimizer, *(c.optimizer for c in job.companions)):
-        optimizer.zero_grad(set_to_none=True)
     measured = "alignment" in weights and job.measures_alignment()
     deferred = DeferredAlignment(job.tokenizer) if measured and len(parts) > 1 else None
     found = []
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
-        with job.reducing(job.model, last):
+        with job.reducing_tokenizer(last):
             result = forward(job, part, weights, TOKENIZER) if output is None else output
             found.append(generator_backward(job, part, result, weights, len(parts), deferred))
             if last:
@@ -153,8 +155,6 @@ def generator_step(
     total = weighted_sum(plain, weights)
     if total is None:  # schedules may leave a step without terms
         total = torch.zeros((), device=job.device)
-    for companion in job.companions:
-        total = total + companion.weight * losses[companion.name]
     if "alignment" in losses:
         losses["alignment_factor"] = weights["alignment"] * job.alignment_factor(None)
         total = total + losses["alignment_factor"] * losses["alignment"]
@@ -207,9 +207,8 @@ def generator_backward(
             if output.alignment.requires_grad:
                 (scale * factor * output.alignment).backward()
     for companion in job.companions:
-        read = companion.model(output.leaf, output.features, job.draws(part.first, COMPANION))
-        (scale * (companion.weight * read.of_latents + read.own)).backward()
-        losses |= {companion.name: read.of_latents, f"{companion.name}_own": read.own}
+        weight = weights.get(companion.name, 0.0)
+        losses |= companion.backward(output, job.draws(part.first, COMPANION), weight, scale)
     encoder_backward(output, weighted_sum(of_latents, weights), scale)
     return {name: loss.detach() for name, loss in losses.items()}
 

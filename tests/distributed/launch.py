@@ -32,6 +32,6 @@ def launched(*arguments: str | Path, launcher: tuple[str, ...] = TORCHRUN) -> It
 def run(*arguments: str | Path, code: int = 0) -> str:
     """The output of such a run, which must end with this exit code."""
     with launched(*arguments) as process:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == code, output
     return output

@@ -17,11 +17,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.scenarios import FSDP, FSDP_IN_PARTS, SCENARIOS, TWO_STAGES, Scenario, game
+from tests.distributed.scenarios import FSDP, FSDP_IN_PARTS, IN_PARTS, SCENARIOS, TWO_STAGES, Scenario, game
 from tests.tiny_runs import parameters, steps
+from tests.whole_runs import small_parts
+from vfmvae.images import to_unit
 from vfmvae.train_job import Job
+from vfmvae.train_step import TOKENIZER, Part, forward
 from vfmvae.training.distributed import mean_over_ranks, process_group, rank
 
 
@@ -76,9 +81,85 @@ def one_rank_meets_nan(scenario: Scenario) -> None:
     assert not torch.equal(trained["tokenizer.align.weight"], before["tokenizer.align.weight"])
 
 
+class RecordedGather:
+    """FSDP2's own way to gather parameters, with a record of when it was asked for."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
+    ) -> Any:
+        self.events.append("gather")
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.14
+        return gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+def blocks_are_gathered_ahead() -> None:
+    """Below one root, each block's parameters while the one before it runs, in every pass."""
+    built = Scenario(engine=FSDP).job()
+    events: list[str] = []
+
+    def watch_backward(block: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
+        if outputs[1].requires_grad:
+            outputs[1].register_hook(lambda gradient: events.append("block"))  # after that of FSDP
+
+    blocks = list(built.tokenizer.decoder.blocks)
+    for block in blocks:
+        block.set_custom_all_gather(RecordedGather(events))
+        block.register_forward_pre_hook(lambda *call: events.append("block"))
+        block.register_forward_hook(watch_backward)
+    batch = next(built.batches(0))
+    built.begin_step()
+    part = Part(to_unit(batch[0]), built.first_image(0))
+    output = forward(built, part, built.weights(), TOKENIZER)
+    assert_ahead(events, len(blocks))
+    gradients = [torch.ones_like(image) for image in output.images]
+    for again in (True, False):  # as the adaptive weight does: more than one backward pass
+        events.clear()
+        torch.autograd.grad(output.images, output.leaf, gradients, retain_graph=again)
+        assert_ahead(events, len(blocks))
+    roots = [m for m in built.forward.modules() if isinstance(m, FSDPModule) and m._get_fsdp_state()._is_root]
+    assert roots == [built.forward]
+
+
+def assert_ahead(events: list[str], blocks: int) -> None:
+    """The parameters of the first two are asked for before the first begins, then of one more with each."""
+    places = [place for place, event in enumerate(events) if event == "block"]
+    asked = [events[places[0] : place].count("gather") for place in places]
+    assert asked == [min(n, blocks - 2) for n in range(blocks)], events
+
+
+def evaluate_at_once(scenario: Scenario) -> dict[str, float]:
+    """The quality before the first step, and after one."""
+    built = scenario.job()
+    with small_parts():
+        first = built.evaluate().quality
+        steps(built, 1)
+        return {**first, **{f"{name} later": value for name, value in built.evaluate().quality.items()}}
+
+
+def companions_wait_for_the_last_part() -> None:
+    built = Scenario(engine=IN_PARTS, companion=True).job()
+    reduces: list[bool] = []
+    model = built.companions[0].model
+    assert isinstance(model, DistributedDataParallel)
+    model.register_forward_pre_hook(lambda *call: reduces.append(model.require_backward_grad_sync))
+    steps(built, 2)
+    assert reduces == [False, True] * 2
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     with process_group(torch.device("cpu")):
+        blocks_are_gathered_ahead()
+        companions_wait_for_the_last_part()
+        quality = evaluate_at_once(Scenario(engine=FSDP))
+        if rank() == 0:
+            torch.save(quality, folder / "quality.pt")
         for name, scenario in SCENARIOS.items():
             found = compute(scenario)
             if rank() == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tests.companions import reader
 from tests.tiny_runs import ALL_LOSSES, raise_layer_scales, stage, tiny
 from vfmvae.train_job import Job
 from vfmvae.training.engine import EngineConfig
@@ -31,6 +32,8 @@ class Scenario:
     engine: EngineConfig = field(default_factory=EngineConfig)
     tolerance: float = 1e-5
     """Largest difference of a parameter from that of one process."""
+    companion: bool = False
+    """Another model trains along."""
 
     def in_one_process(self) -> Scenario:
         """The same run, computed plainly; equal for scenarios that differ in how they compute."""
@@ -43,11 +46,14 @@ class Scenario:
             tiny(stages=self.stages, batch_size=self.batch_size, steps=self.steps, engine=self.engine)
         )
         raise_layer_scales(built)
+        if self.companion:
+            built.add_companion("reader", reader(), 0.5, SLOW)
         built.enter_stage(0)
         return built
 
 
 ALL_TRAINED = plain(replace(PLAIN, preservation=1.0), name="all", trains=WITH_ENCODER)
+BEHIND = (plain(name="before"), plain(replace(PLAIN, preservation=1.0), name="kept"))
 TWO_STAGES = (plain(name="frozen encoder"), ALL_TRAINED)
 LATE_ALIGNMENT = (plain(schedules=(TermSchedule(term="alignment", start=500),)),)
 LARGE_IMAGES = (plain(replace(PLAIN, alignment=0.0), trains=("decoder>16",)),)
@@ -74,10 +80,12 @@ SCENARIOS = {
     "ddp, two stages": Scenario(TWO_STAGES),
     "ddp, late alignment": Scenario(LATE_ALIGNMENT),
     "ddp, part of the decoder": Scenario(LARGE_IMAGES),
+    "ddp in parts, with a companion": Scenario(engine=IN_PARTS, companion=True),
     "fsdp": Scenario(steps=8, engine=FSDP),
     "fsdp in parts": Scenario(engine=FSDP_IN_PARTS),
     "fsdp, game": game(engine=FSDP),
     "fsdp, game in parts": game(32, FSDP_IN_PARTS),
     "fsdp, two stages": Scenario(TWO_STAGES, engine=FSDP),
+    "fsdp, kept behind a frozen encoder": Scenario(BEHIND, engine=FSDP),
     "fsdp, recomputed and clipped": Scenario(engine=replace(FSDP, recompute=True, clip_norm=0.5)),
 }

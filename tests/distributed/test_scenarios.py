@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.launch import run
+from tests.distributed.ranks import evaluate_at_once
 from tests.distributed.scenarios import SCENARIOS, Scenario
 from tests.tiny_runs import largest_difference, parameters, steps
 
@@ -26,7 +27,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that two processes leave; they also check that both skip a step that one spoils."""
+    """The folder that two processes leave; they also check what only processes can see (`ranks.main`)."""
     folder = tmp_path_factory.mktemp("ranks")
     run("tests.distributed.ranks", folder)
     assert (folder / "done").exists()
@@ -45,6 +46,10 @@ def of_one(scenario: Scenario) -> dict[str, Any]:
         "export": built.ema.export(),
         "losses": results[-1].losses,
     }
+
+
+def test_evaluation_is_the_same_before_the_first_step_and_after(of_two: Path) -> None:
+    assert torch.load(of_two / "quality.pt") == pytest.approx(evaluate_at_once(Scenario()), rel=1e-3)
 
 
 def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

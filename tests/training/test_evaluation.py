@@ -13,13 +13,14 @@ from vfmvae.metrics.reconstruction import psnr
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.training import evaluation
 from vfmvae.training.evaluation import evaluate
+from vfmvae.training.forward import TrainingForward
 
 
 def test_the_first_held_out_images_whatever_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "HELD_OUT_IMAGES", 9)
     tokenizer, held_out = Tokenizer(tiny().tokenizer).train(), Photographs("validation", 64)
     networks = {"mini_distance": perceptual_network("mini")}
-    by_two, by_nine = (evaluate(tokenizer, held_out, size, networks) for size in (2, 9))
+    by_two, by_nine = (evaluate(TrainingForward(tokenizer), held_out, size, networks) for size in (2, 9))
     assert torch.equal(by_two.images, held_out.batch(0, 9)["image"])
     assert torch.equal(by_two.images, by_nine.images)
     assert by_two.quality == pytest.approx(by_nine.quality, rel=1e-3)
@@ -30,7 +31,7 @@ def test_the_first_held_out_images_whatever_the_batch_size(monkeypatch: pytest.M
 def test_the_measures_are_those_of_the_rounded_reconstructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "HELD_OUT_IMAGES", 4)
     tokenizer, held_out = Tokenizer(tiny().tokenizer), Photographs("validation", 64)
-    found = evaluate(tokenizer, held_out, 4, {})
+    found = evaluate(TrainingForward(tokenizer), held_out, 4, {})
     with torch.no_grad():
         decoded = to_uint8(tokenizer.eval().decode(tokenizer.encode(found.images).mode()))
     assert torch.equal(found.reconstructions, decoded)

@@ -57,13 +57,18 @@ def test_targets_and_latents_change_alike(tokenizer: Tokenizer) -> None:
     torch.testing.assert_close(output.images[0], tokenizer.decode(transform_latents(output.latents, change)))
 
 
-def test_a_snapshot_stays_where_it_was(tokenizer: Tokenizer) -> None:
-    snapshot, forward = Snapshot(copy.deepcopy(tokenizer)), TrainingForward(tokenizer)
+@pytest.mark.parametrize("with_encoder", [True, False])
+def test_a_snapshot_stays_where_it_was(tokenizer: Tokenizer, with_encoder: bool) -> None:
+    parts = (tokenizer.fusion, tokenizer.bottleneck, *([tokenizer.encoder] if with_encoder else []))
+    snapshot, forward = Snapshot(*copy.deepcopy(parts)), TrainingForward(tokenizer)
     images, noise = images_and_noise(tokenizer)
     before = tokenizer.encode(images).mode().detach()
     assert forward(images, noise, Equivariance(), False, snapshot).preservation == 0
     with torch.no_grad():
         tokenizer.last_fusion_weight.add_(0.1)
+        if with_encoder:
+            for parameter in tokenizer.encoder.parameters():
+                parameter.mul_(1.1)
     output = forward(images, noise, Equivariance(), False, snapshot)
     distance = (tokenizer.encode(images).mode() - before).square().mean()
     torch.testing.assert_close(output.preservation, distance)
@@ -71,3 +76,17 @@ def test_a_snapshot_stays_where_it_was(tokenizer: Tokenizer) -> None:
     output.preservation.backward()
     assert all(p.grad is None and not p.requires_grad for p in snapshot.parameters())
     assert tokenizer.last_fusion_weight.grad is not None
+
+
+def test_a_snapshot_beside_a_frozen_encoder_does_not_run_it_again(tokenizer: Tokenizer) -> None:
+    snapshot = Snapshot(copy.deepcopy(tokenizer.fusion), copy.deepcopy(tokenizer.bottleneck))
+    runs: list[int] = []
+    tokenizer.encoder.register_forward_hook(lambda *call: runs.append(1))
+    TrainingForward(tokenizer)(*images_and_noise(tokenizer), Equivariance(), False, snapshot)
+    assert len(runs) == 1
+
+
+def test_reconstructing_is_encoding_and_decoding(tokenizer: Tokenizer) -> None:
+    images, _ = images_and_noise(tokenizer)
+    expected = tokenizer.decode(tokenizer.encode(images).mode())
+    torch.testing.assert_close(TrainingForward(tokenizer).reconstruct(images), expected)

@@ -21,7 +21,7 @@ def test_blocks_are_found_in_their_order() -> None:
 def test_recomputing_keeps_less_and_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     kept, again = tiny_tokenizer(), tiny_tokenizer()
     again.load_state_dict(kept.state_dict())
-    recompute_blocks(decoder_blocks(again))
+    recompute_blocks(decoder_blocks(again), "off")
     assert again.state_dict().keys() == kept.state_dict().keys()
     latents, gradients, stored = torch.randn(1, 8, 4, 4), [], []
     for tokenizer in (kept, again):

@@ -7,13 +7,19 @@ what this module says, and no more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vfmvae.losses.schedule import WeightSchedule
+from vfmvae.training.draws import StepDraws
+from vfmvae.training.forward import StepOutput
 from vfmvae.training.guard import StepGuard
+from vfmvae.training.optim import OptimizerConfig, learning_rate, set_learning_rate
 
 
 class CompanionLosses(NamedTuple):
@@ -30,16 +36,80 @@ class Companion:
     """One such model in a run.
 
     `model(latents, features, draws)` gives `CompanionLosses` from latents [B, z, h, w] (sampled, in float32),
-    the encoder's features (one [B, N, C] per layer) and the step's random draws (`StepDraws`).
+    the encoder's features (one [B, N, C] per layer, without a graph) and the step's random draws
+    (`StepDraws`). It learns from weight * of_latents + own, the tokenizer from weight * of_latents. Where the
+    weight is 0 the latents have no graph, and the companion learns from its own loss.
     """
 
     name: str
     model: nn.Module
+    """Wrapped for the run's processes."""
     weight: float
     """Of its loss in the tokenizer's."""
+    schedule: WeightSchedule
+    """A factor of the weight, by the images of the run."""
+    rate: OptimizerConfig
+    """Whose learning rate is followed over the whole run, across its stages."""
     optimizer: torch.optim.Optimizer
     guard: StepGuard
+    _checked: bool = field(default=False, init=False)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def weight_at(self, seen_images: int) -> float:
+        """The weight after so many images of the run."""
+        return self.weight * self.schedule.factor(seen_images)
+
+    def follow(self, progress: float) -> float:
+        """Take the learning rate at `progress` in [0, 1] of the run, and return it."""
+        rate = learning_rate(self.rate, progress)
+        set_learning_rate(self.optimizer, rate)
+        return rate
+
+    def backward(
+        self, output: StepOutput, draws: StepDraws, weight: float, scale: Tensor
+    ) -> dict[str, Tensor]:
+        """Backward of one part's losses times `scale`, to the companion and to `output.leaf`; returns them.
+
+        ValueError, in the first step that can tell, if its own loss depends on the latents' graph.
+        """
+        latents = output.leaf if weight else output.leaf.detach()
+        features = [layer.detach() for layer in output.features]  # with a trained encoder they have a graph
+        found = self.model(latents, features, draws)
+        if latents.requires_grad and not self._checked:
+            self._check(found.own, latents)
+        # With weight 0 too: every parameter gets a gradient, which DDP waits for.
+        (scale * (weight * found.of_latents + found.own)).backward()
+        return {self.name: found.of_latents, f"{self.name}_own": found.own}
+
+    def _check(self, own: Tensor, latents: Tensor) -> None:
+        (reached,) = torch.autograd.grad(own, latents, retain_graph=True, allow_unused=True)
+        if reached is not None:
+            raise ValueError(
+                f"companion {self.name!r}: its own loss depends on the latents' graph, so it would train the"
+                f" tokenizer too; compute it from latents.detach()"
+            )
+        self._checked = True
+
+
+def check_new(
+    name: str, model: nn.Module, weight: float, taken: Collection[str], there: Sequence[Companion]
+) -> None:
+    """ValueError unless a companion of this name and weight can be added.
+
+    `taken`: names of the run's parts and of what its log reports. `there`: companions that it has already.
+    """
+    if not name.isidentifier():
+        raise ValueError(
+            f"companion {name!r}: a name in checkpoints and metrics needs letters, digits and '_'"
+        )
+    taken = {*taken, *(part for c in there for part in (c.name, f"{c.name}_own"))}
+    both = sorted({name, f"{name}_own"} & taken)
+    if both:
+        raise ValueError(f"companion {name!r}: the name {both[0]!r} is taken in this run; choose another one")
+    if any(model in c.model.modules() for c in there):
+        raise ValueError(f"companion {name!r}: its model trains in this run already")
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"companion {name!r}: weight is {weight}; it must be finite and not negative")

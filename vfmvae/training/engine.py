@@ -39,5 +39,10 @@ class EngineConfig:
         for name in ("accumulate", "adaptive_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.compile == "cuda-graphs" and self.parallel == "fsdp":
+            raise ValueError(
+                "engine.compile 'cuda-graphs' records where weights lie, and engine.parallel 'fsdp' gathers"
+                " them anew each time; use engine.compile default or engine.parallel ddp"
+            )
         if self.clip_norm < 0:
             raise ValueError(f"engine.clip_norm is {self.clip_norm}; it must not be negative")

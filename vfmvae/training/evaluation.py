@@ -12,7 +12,7 @@ from vfmvae.data import ImageSource, validation_batches
 from vfmvae.images import to_uint8, to_unit
 from vfmvae.losses.perceptual import PerceptualNetwork
 from vfmvae.metrics.reconstruction import lpips, psnr, ssim
-from vfmvae.tokenizer import Tokenizer
+from vfmvae.training.forward import TrainingForward
 
 HELD_OUT_IMAGES = 64
 
@@ -28,7 +28,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    tokenizer: Tokenizer,
+    forward: TrainingForward,
     held_out: ImageSource,
     batch_size: int,
     distances: dict[str, PerceptualNetwork],
@@ -38,14 +38,14 @@ def evaluate(
     `distances`: perceptual networks by the name of what they measure. The tokenizer is in training mode
     afterwards.
     """
-    tokenizer.eval()
+    tokenizer = forward.tokenizer.eval()
     device = tokenizer.align.weight.device
     originals: list[Tensor] = []
     reconstructions: list[Tensor] = []
     measured: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], **{name: [] for name in distances}}
     for batch in islice(validation_batches(held_out, batch_size), -(-HELD_OUT_IMAGES // batch_size)):
         images = batch["image"][: HELD_OUT_IMAGES - len(originals) * batch_size].to(device)
-        decoded = to_uint8(tokenizer.decode(tokenizer.encode(images).mode()))
+        decoded = to_uint8(forward.reconstruct(images))
         originals.append(images)
         reconstructions.append(decoded)
         pair = to_unit(decoded), to_unit(images)

@@ -8,11 +8,13 @@ Shapes: images [B, 3, H, W] in [-1, 1]; latents [B, z, h, w].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vfmvae.encoders import FrozenEncoder
 from vfmvae.losses.alignment import latent_preservation_loss
 from vfmvae.tokenizer import DiscretePosterior, Posterior, Tokenizer
 from vfmvae.tokenizer.equivariance import Equivariance, shrink_images, transform_images, transform_latents
@@ -32,22 +34,31 @@ class StepOutput(NamedTuple):
 
 
 class Snapshot(nn.Module):
-    """A frozen copy of a tokenizer's encoder side, which gives the latents' mean as it was."""
+    """A tokenizer's encoder side as it was, which gives the latents' mean."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """`tokenizer`: a copy, whose encoder side this takes over."""
+    def __init__(
+        self, fusion: nn.Module, bottleneck: nn.Module, encoder: FrozenEncoder | None = None
+    ) -> None:
+        """Copies of these parts. `encoder`: None where the tokenizer's own does not change meanwhile."""
         super().__init__()
-        self.encoder, self.fusion, self.bottleneck = tokenizer.encoder, tokenizer.fusion, tokenizer.bottleneck
+        self.encoder, self.fusion, self.bottleneck = encoder, fusion, bottleneck
         self.requires_grad_(False)
 
-    def forward(self, images: Tensor, latent_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Images -> the posterior's mean [B, z, h, w], fusion computed in `dtype`."""
-        tokens = [layer.to(dtype) for layer in self.encoder(images).layers]
+    def forward(
+        self, images: Tensor, features: Sequence[Tensor], latent_size: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        """Images, and what the tokenizer's encoder says of them -> the posterior's mean [B, z, h, w].
+
+        Fusion is computed in `dtype`.
+        """
+        if self.encoder is not None:
+            features = self.encoder(images).layers
+        tokens = [layer.to(dtype) for layer in features]
         return self.bottleneck(self.fusion(tokens, latent_size).float()).mode()
 
 
 class TrainingForward(nn.Module):
-    """A tokenizer with everything that one training step asks of its parameters."""
+    """A tokenizer with everything that a run asks of its parameters: the step's forward, and evaluation's."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -80,12 +91,16 @@ class TrainingForward(nn.Module):
         preservation = None
         if snapshot is not None:
             with torch.no_grad():
-                earlier = snapshot(inputs, size, tokenizer.dtype)
+                earlier = snapshot(inputs, features, size, tokenizer.dtype)
             preservation = latent_preservation_loss(posterior.mode(), earlier)
         targets = transform_images(inputs, equivariance)
         return StepOutput(
             [decoded, *smaller], targets, latents, leaf, posterior, features, alignment, preservation
         )
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W], float in [-1, 1] or uint8 -> what decoding the posterior's mode gives."""
+        return self.tokenizer.decode(self.tokenizer.encode(images).mode())
 
 
 def latent_size(tokenizer: Tokenizer, images: Tensor) -> tuple[int, int]:
