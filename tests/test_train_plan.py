@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
-from torch import nn
 
 from tests.commands import save_image
-from tests.tiny_runs import job, stage, tiny
+from tests.tiny_runs import ALL_LOSSES, job, stage, tiny
 from vfmvae.config import TrainConfig
 from vfmvae.recipes import RECIPES
 from vfmvae.tokenizer import BottleneckConfig
+from vfmvae.tokenizer.equivariance import EquivarianceConfig
 from vfmvae.tokenizer.parts import set_trained
-from vfmvae.train_plan import describe, saved_bytes
+from vfmvae.train_plan import describe
+from vfmvae.training.engine import EngineConfig
 from vfmvae.training.stages import LossWeights, TermSchedule
 
 
@@ -94,9 +94,50 @@ def test_the_data_is_looked_at(tmp_path: Path) -> None:
     assert "images [2, 3, 64, 64] uint8" in description(tiny(data=str(tmp_path)))
 
 
-def test_saved_bytes_are_counted_once_and_without_parameters() -> None:
-    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh())
-    inputs = torch.zeros(4, 8)
-    with saved_bytes(model) as kept:
-        model(inputs)
-    assert sum(kept.values()) == 4 * (4 * 8 + 4 * 8), "the linear layer's input, the output of tanh"
+def test_equivariance_is_said() -> None:
+    drawn = EquivarianceConfig(0.5, 0.25, (0.5, 1.0), (0, 90), (0.5,))
+    wide = replace(tiny().tokenizer, resolution=128)
+    shown = description(tiny(stages=(stage(equivariance=drawn), stage(name="b")), tokenizer=wide))
+    assert (
+        "equivariance  0.5 of the steps: latents and targets scaled by 0.5 or 1, turned by 0 or 90 degrees;"
+        " 0.125 of the steps: images shrunk by 0.5\n"
+    ) in shown
+    assert "equivariance  none\n" in shown
+
+
+def test_the_stage_that_needs_most_memory_is_named() -> None:
+    small = stage(LossWeights(alignment=0.0), name="small", trains=("decoder>16",))
+    stages = (small, stage(ALL_LOSSES, name="large"), small)
+    shown = description(tiny(stages=stages, batch_size=8, engine=EngineConfig(accumulate=2, recompute=True)))
+    assert "most in stage large, " in shown
+    assert "computes 4 images at once (engine.accumulate 2): " in shown
+    assert "decoder blocks computed again (engine.recompute)" in shown
+    numbers = r"(\d+\.\d) GiB in one process.*: (\d+\.\d) GiB for weights.* and (\d+\.\d\d) GiB per image"
+    total, fixed, image = map(float, re.search(numbers, shown).groups())  # type: ignore[union-attr]
+    assert total == pytest.approx(fixed + 4 * image, abs=0.15)
+    assert shown.count("  memory  ") == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trains": ("fusion", "align", "heart")}, "unknown part 'heart'"),
+        ({"trains": ("fusion", "align", "decoder>64")}, "no decoder block lies above 64 px"),
+        ({"losses": replace(ALL_LOSSES, adversarial=1.0)}, "batch of 9 images per process cannot be cut"),
+    ],
+)
+def test_errors_of_later_stages_are_found(changes: dict[str, object], message: str) -> None:
+    first, second = stage(LossWeights(alignment=0.5), name="a"), stage(LossWeights(alignment=0.5), name="b")
+    with pytest.raises(ValueError, match=message):
+        description(tiny(stages=(first, replace(second, **changes)), batch_size=9))
+
+
+def test_a_discriminator_that_cannot_be_is_found() -> None:
+    absent = replace(tiny().discriminator, layers=(0, 77))
+    with pytest.raises(ValueError, match="layer 77 does not exist"):
+        description(tiny(stages=(stage(LossWeights(alignment=0.5, adversarial=1.0)),), discriminator=absent))
+
+
+def test_a_batch_that_cannot_be_accumulated_is_found() -> None:
+    with pytest.raises(ValueError, match="batch_size 4 cannot be shared by 1 processes in 3 parts"):
+        description(tiny(batch_size=4, engine=EngineConfig(accumulate=3)))

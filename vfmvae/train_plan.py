@@ -1,56 +1,46 @@
 """What a run would do, without doing it: stages, trained parameters, memory, the first batch's shapes.
 
 Models are built on the meta device, which knows shapes and no values, so the full-size model takes seconds
-and no memory on any machine.
+and no memory on any machine. What is wrong with a configuration in any of its stages is found here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from vfmvae.config import TrainConfig
 from vfmvae.data import open_data
-from vfmvae.tokenizer import Tokenizer
-from vfmvae.tokenizer.equivariance import Equivariance
-from vfmvae.tokenizer.parts import set_trained
-from vfmvae.training.forward import StepOutput, TrainingForward
+from vfmvae.tokenizer.equivariance import EquivarianceConfig
+from vfmvae.train_memory import MetaRun, StageMemory
+from vfmvae.training.forward import StepOutput
 from vfmvae.training.stages import TERMS, StageConfig, TermSchedule
 
 GIB = 2**30
 
 
 def describe(config: TrainConfig, console: Console) -> None:
-    """Print the plan of a run; ValueError for data or a stage that cannot be."""
-    plan = config.plan()
-    with torch.device("meta"):
-        tokenizer = Tokenizer(config.tokenizer, encoder_weights=None, fused=False).train()
-    tokenizer.compute_dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
-    for stage, updates in zip(config.stages, plan.lengths, strict=True):
-        trained = sum(p.numel() for p in set_trained(tokenizer, stage.trains).values())
-        console.print(f"stage {stage.name}: {stage.images:,} images, {updates:,} updates", highlight=False)
-        console.print(
-            f"  trains  {' '.join(stage.trains)} ({trained / 1e6:.1f} M parameters)", highlight=False
-        )
-        console.print(f"  losses  {losses(stage, config)}", highlight=False, soft_wrap=True)
-    total = sum(p.numel() for p in tokenizer.parameters())
-    console.print(
-        f"{total / 1e6:.1f} M parameters in all, {plan.steps:,} updates of {config.batch_size} images"
-    )
-
+    """Print the plan of a run; ValueError for data, a batch or a stage that cannot be."""
+    plan, images_at_once = config.plan(), config.images_at_once()
     images = open_data(config.data, "train", config.tokenizer.resolution, config.seed).batch(0, 1)["image"]
-    shape = (config.batch_size, *images.shape[1:])
-    stage = config.stages[0]
-    set_trained(tokenizer, stage.trains)
-    output, saved = measured_forward(tokenizer, images.shape[1:], bool(stage.losses.alignment))
-    console.print(f"first batch: images {list(shape)} uint8, latents {_shape(output.latents, config)},")
-    console.print(f"  features {', '.join(_shape(f, config) for f in output.features)}")
-    console.print(f"  reconstructions {', '.join(_shape(i, config) for i in output.images)}")
-    memory(tokenizer, saved, config, console)
+    run, memories, outputs = MetaRun(config), list[StageMemory](), list[StepOutput]()
+    for number, (stage, updates) in enumerate(zip(config.stages, plan.lengths, strict=True)):
+        memory, output = run.enter_stage(number)
+        trained = sum(p.numel() for p in run.tokenizer.parameters() if p.requires_grad)
+        _say(console, f"stage {stage.name}: {stage.images:,} images, {updates:,} updates")
+        _say(console, f"  trains  {' '.join(stage.trains)} ({trained / 1e6:.1f} M parameters)")
+        _say(console, f"  losses  {losses(stage, config)}")
+        _say(console, f"  equivariance  {equivariance(stage.equivariance)}")
+        _say(console, f"  memory  {_of_one_image(memory)}")
+        memories.append(memory)
+        outputs.append(output)
+    total = sum(p.numel() for p in run.tokenizer.parameters())
+    _say(
+        console,
+        f"{total / 1e6:.1f} M parameters in all, {plan.steps:,} updates of {config.batch_size} images",
+    )
+    shapes(outputs[0], [config.batch_size, *images.shape[1:]], config, console)
+    most_memory(memories, images_at_once, run, console)
 
 
 def losses(stage: StageConfig, config: TrainConfig) -> str:
@@ -74,50 +64,57 @@ def _when(schedule: TermSchedule | None) -> str:
     return f" ({' '.join(parts)} images)" if parts else ""
 
 
-def measured_forward(tokenizer: Tokenizer, shape: tuple[int, ...], align: bool) -> tuple[StepOutput, int]:
-    """The forward of one image on the meta device, and the bytes that its graph keeps."""
-    forward = TrainingForward(tokenizer)
-    side = shape[-1] // tokenizer.config.downsample
-    with torch.device("meta"), saved_bytes(tokenizer) as kept:
-        noise = torch.empty(1, tokenizer.config.latent_channels, side, side)
-        output = forward(torch.empty(1, *shape), noise, Equivariance(), align)
-    return output, sum(kept.values())
+def equivariance(config: EquivarianceConfig) -> str:
+    """What is drawn, and how often of all steps."""
+    parts = []
+    of_latents, of_images = config.latent_probability, config.image_probability
+    if of_latents:
+        parts.append(
+            f"{of_latents:.3g} of the steps: latents and targets scaled by {_any_of(config.latent_scales)},"
+            f" turned by {_any_of(config.rotations)} degrees"
+        )
+    if of_images and of_latents < 1:
+        share = (1 - of_latents) * of_images
+        parts.append(f"{share:.3g} of the steps: images shrunk by {_any_of(config.image_scales)}")
+    return "; ".join(parts) or "none"
 
 
-@contextmanager
-def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
-    """While entered, collect what graphs keep for the backward pass: bytes by storage, without parameters."""
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, int] = {}
-    alive = []  # or another tensor takes the same address
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
+def _any_of(values: tuple[float, ...]) -> str:
+    *most, last = (f"{value:g}" for value in values)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
-def memory(tokenizer: Tokenizer, saved_per_image: int, config: TrainConfig, console: Console) -> None:
-    """Print an estimate for one process that takes the whole batch, and what one image adds to it."""
-    all_bytes = sum(p.numel() * 4 for p in tokenizer.parameters())
-    trained = {id(p): p for stage in config.stages for p in set_trained(tokenizer, stage.trains).values()}
-    per_weight = 4 * 4  # gradient, two moments, average
-    fixed = all_bytes + per_weight * sum(p.numel() for p in trained.values())
-    images = config.batch_size // config.engine.accumulate
-    console.print(
-        f"memory, estimated: {fixed / GIB:.1f} GiB for weights, gradients, moments and averages, and"
-        f" {saved_per_image / GIB:.2f} GiB per image for the tokenizer's graph, so"
-        f" {(fixed + images * saved_per_image) / GIB:.1f} GiB for {images} images in one process"
-        f" (reference operations; discriminators and the perceptual network come on top)",
-        soft_wrap=True,
-        highlight=False,
-    )
+def shapes(output: StepOutput, images: list[int], config: TrainConfig, console: Console) -> None:
+    """Print the shapes of a first batch that equivariance leaves as it is."""
+    _say(console, f"first batch: images {images} uint8, latents {_shape(output.latents, config)},")
+    _say(console, f"  features {', '.join(_shape(f, config) for f in output.features)}")
+    _say(console, f"  reconstructions {', '.join(_shape(i, config) for i in output.images)}")
 
 
 def _shape(tensor: Tensor, config: TrainConfig) -> str:
     return str([config.batch_size, *tensor.shape[1:]])
+
+
+def most_memory(memories: list[StageMemory], images: int, run: MetaRun, console: Console) -> None:
+    """Print the largest of the stages' estimates, for one process that takes the whole batch."""
+    engine, stages = run.config.engine, run.config.stages
+    number = max(range(len(memories)), key=lambda n: memories[n].total(images))
+    memory = memories[number]
+    parts = f" (engine.accumulate {engine.accumulate})" if engine.accumulate > 1 else ""
+    again = ", decoder blocks computed again (engine.recompute)" if engine.recompute else ""
+    _say(
+        console,
+        f"memory, estimated: most in stage {stages[number].name}, {memory.total(images) / GIB:.1f} GiB in one"
+        f" process that computes {images} images at once{parts}: {memory.fixed / GIB:.1f} GiB for weights,"
+        f" gradients, moments and averages, and {memory.per_image / GIB:.2f} GiB per image for graphs in"
+        f" {str(run.dtype).removeprefix('torch.')}{again}; fused operations need less",
+    )
+
+
+def _of_one_image(memory: StageMemory) -> str:
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.graphs.items())
+    return f"{memory.fixed / GIB:.1f} GiB, and {memory.per_image / GIB:.2f} GiB per image ({parts})"
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)

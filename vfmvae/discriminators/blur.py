@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vfmvae.encoders.base import without_autocast
+
 RADIUS_IN_SIGMAS = 3
 
 
@@ -41,7 +43,7 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
         return images
     wide = torch.promote_types(images.dtype, torch.float32)
     rows, columns = (_blur_matrix(n, sigma, radius, images.device, wide) for n in images.shape[-2:])
-    with torch.autocast(images.device.type, enabled=False):
+    with without_autocast(images.device):
         return (rows @ images.to(wide) @ columns.t()).to(images.dtype)
 
 

@@ -133,6 +133,13 @@ def own_precision(device: torch.device, bfloat16: bool) -> AbstractContextManage
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16 or device.type == "cuda")
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Tensors keep their dtypes inside, whatever surrounds it."""
+    if not torch.amp.is_autocast_available(device.type):  # meta
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 class FrozenEncoder(nn.Module):
     """A foundation model that is looked at, and trained only where its parameters require gradients.
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vfmvae import ops
 from vfmvae.encoders import EncoderConfig, FrozenEncoder, build_encoder
+from vfmvae.encoders.base import without_autocast
 from vfmvae.encoders.weights import check_names, read_hub_weights, read_weights
 from vfmvae.images import check_image_shape, to_unit
 
@@ -108,7 +109,7 @@ class LPIPS(PerceptualNetwork):
         scaled = [
             (x[:, c] - shift) / scale for c, (shift, scale) in enumerate(zip(SHIFT, SCALE, strict=True))
         ]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             pixels = torch.stack(scaled, dim=1).to(self.dtype, memory_format=torch.channels_last)
             return self.vgg(pixels)
 
