@@ -63,6 +63,11 @@ def wait_for_start(child: int, folder: Path, since_ns: int) -> None:
         time.sleep(0.005)
 
 
+def is_saving(run: Path) -> bool:
+    """Whether a checkpoint is being written, or was when its process ended."""
+    return any(run.glob("checkpoints/.step_*.partial"))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder, chance = Path(sys.argv[1]), random.Random(0)
@@ -79,9 +84,12 @@ def main() -> None:
         child = start(run)
         wait_for_start(child, run, since_ns)
         deadline = time.monotonic() + chance.uniform(0.0, 1.2)
-        over = False
-        while not over and (kills == KILLS or time.monotonic() < deadline):
-            time.sleep(0.005)
+        # Chance alone may miss the moments of saving, on a slow machine above all.
+        amid_saving, over = kills % 4 == 3, False
+        while not over and (
+            kills == KILLS or (not is_saving(run) if amid_saving else time.monotonic() < deadline)
+        ):
+            time.sleep(0.001)
             over = is_over(child)
         if over:
             try:
@@ -95,7 +103,7 @@ def main() -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         kills += 1
-        saving += any(run.glob("checkpoints/.step_*.partial"))
+        saving += is_saving(run)
     print(json.dumps({"kills": kills, "saving": saving, "finished": finished, "different": different}))
 
 

@@ -73,7 +73,7 @@ class CheckpointWriter(FileSystemWriter):
             if self._complete.exists():
                 raise OSError("a checkpoint of this step is there already")
             shutil.rmtree(self._partial, ignore_errors=True)
-            self._partial.mkdir(parents=True)
+            self._partial.mkdir(parents=True, exist_ok=True)  # torch makes it on every rank too
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's share, and beside it the digests of its files, for rank 0 to collect."""
