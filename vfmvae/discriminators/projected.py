@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vfmvae.discriminators.augment import augment
-from vfmvae.discriminators.layers import SLOPE, LocalBatchNorm, SpectralConv1d
+from vfmvae.discriminators.layers import SLOPE, LocalBatchNorm, SpectralConv1d, iterate_together
 from vfmvae.encoders import EncoderConfig, ViTConfig, build_encoder
 from vfmvae.encoders.base import Interpolation, resolve_layers
 from vfmvae.encoders.timm_vit import TimmEncoder
@@ -127,9 +127,7 @@ class ProjectedDiscriminator(nn.Module):
 
     def iterate_spectral_norms(self) -> None:
         """One power iteration in every head, for a step whose passes all run in eval mode."""
-        for module in self.modules():
-            if isinstance(module, SpectralConv1d):
-                module.iterate()
+        iterate_together(module for module in self.modules() if isinstance(module, SpectralConv1d))
 
     def resize(self, images: Tensor, crop: tuple[float, float, float]) -> Tensor:
         """Images of any size -> [B, 3, S, S], the backbone's input, by a crop or a resize; see `forward`."""

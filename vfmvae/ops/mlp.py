@@ -12,14 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfmvae.ops import mlp_cpu
+from vfmvae.ops.demodulation import DEMODULATION_EPS, demodulation
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
-
-DEMODULATION_EPS = 1e-8
-
-
-def demodulation(style: Tensor, weight: Tensor) -> Tensor:
-    """What brings each output of weight [E, C], its inputs scaled by style [B, C], to unit norm: [B, E]."""
-    return (F.linear(style.square(), weight.square()) + DEMODULATION_EPS).rsqrt()
 
 
 def modulated_mlp(
@@ -45,7 +39,7 @@ def modulated_mlp(
 
     Returns:
         [B, C, H, W] in x.dtype. GELU is the exact form; d demodulates each output of W1 to unit input norm.
-        The compiled form can be differentiated once.
+        The fused forms can be differentiated once.
 
     Raises:
         ValueError: shapes that do not fit, or a residual of another dtype than x.
