@@ -44,6 +44,7 @@ from vfmvae.training.objective import (
     weighted_sum,
 )
 from vfmvae.training.optim import gradient_norm, scale_gradients
+from vfmvae.training.reduction import reduce_unsharded, reducing, settle_unused
 
 TOKENIZER, DISCRIMINATOR, GENERATOR, SECOND_FORWARD, COMPANION = range(5)
 """Streams of random draws: users of one step that do not know how often the others draw."""
@@ -143,7 +144,7 @@ def discriminator_step(
     adversary.game.prepare()
     losses = []
     for number, (part, (fake, real)) in enumerate(zip(parts, fakes, strict=True)):
-        with job.reducing(adversary.model, last=number == len(parts) - 1):
+        with reducing(adversary.model, last=number == len(parts) - 1):
             loss = adversary.model(real, fake, job.draws(part.first, DISCRIMINATOR), job.blur(), weights)
             (loss * (adversary.guard.scale / len(parts))).backward()
         losses.append(loss.detach())
@@ -171,10 +172,10 @@ def generator_step(
             result = forward(job, part, weights, TOKENIZER) if output is None else output
             found.append(generator_backward(job, part, result, weights, deferred))
             if last:
-                job.settle_unused()
+                settle_unused(job.model, job.trained)
     for name, kept in deferred.items():
         kept.add_to_gradients(job.factor(name, kept.gradients()))
-    job.reduce_unsharded()
+    reduce_unsharded(job.model, job.trained)
 
     losses = {name: torch.stack([f[name] for f in found]).mean() for name in found[0]}
     plain = {name: loss for name, loss in losses.items() if name in weights and name != "alignment"}
