@@ -114,7 +114,7 @@ def test_the_depthwise_gradient_is_an_operation_that_torch_knows() -> None:
     torch.library.opcheck(torch.ops.vfmvae.depthwise_weight_gradient.default, (x, grad, 3))
     weight, bias = torch.randn(2, 1, 3, 3, requires_grad=True), torch.randn(2, requires_grad=True)
     x = torch.randn(2, 2, 5, 6, requires_grad=True)
-    torch.library.opcheck(torch.ops.vfmvae.depthwise_conv2d.default, (x, weight, bias))
+    torch.library.opcheck(torch.ops.vfmvae.depthwise_conv2d.default, (x, weight, bias, None))
 
 
 @requires_extension
