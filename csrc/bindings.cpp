@@ -89,5 +89,8 @@ PYBIND11_MODULE(_C, module) {
       py::kw_only(), "x"_a, "weight"_a, "bias"_a, "noise"_a, "out"_a, "partials"_a, "counts"_a, "dtype"_a,
       "batch"_a, "height"_a, "width"_a, "channels"_a, "kernel_size"_a, "flipped"_a, "strip_rows"_a,
       "device"_a, "stream"_a, no_gil);
+  module.def("depthwise_weight_gradient_cuda", &vfmvae::depthwise_weight_gradient_cuda, py::kw_only(), "x"_a,
+             "grad"_a, "partials"_a, "out"_a, "dtype"_a, "batch"_a, "height"_a, "width"_a, "channels"_a,
+             "kernel_size"_a, "strip_rows"_a, "parts"_a, "device"_a, "stream"_a, no_gil);
 #endif
 }

@@ -25,6 +25,12 @@ void upsample_blur_cuda(uintptr_t x, uintptr_t residual, uintptr_t out, const st
 void depthwise_weight_gradient_cpu(uintptr_t x, uintptr_t grad, uintptr_t out, const std::string& dtype,
                                    int64_t batch, int64_t height, int64_t width, int64_t channels,
                                    int kernel_size, int threads);
+// The same, with float16 too. `partials` is scratch memory, float32 [parts, k*k + 1, C]; the sums of part p are
+// over the tiles p, p + parts, ... An image is cut into strips of `strip_rows` rows.
+void depthwise_weight_gradient_cuda(uintptr_t x, uintptr_t grad, uintptr_t partials, uintptr_t out,
+                                    const std::string& dtype, int64_t batch, int64_t height, int64_t width,
+                                    int64_t channels, int kernel_size, int strip_rows, int parts, int device,
+                                    uintptr_t stream);
 
 // Addresses; 0 where there is none. x and out have the dtype of the op, the others are float32.
 struct DepthwiseTensors {

@@ -82,6 +82,58 @@ def forward(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Ten
     return kernel
 
 
+@pytest.fixture(scope="module")
+def gradient(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
+    """(x, grad, size, strip_rows, parts) -> [k*k + 1, C]."""
+    library = compile_for_host("depthwise_conv_gradient_on_host.cpp", tmp_path_factory.mktemp("csrc"))
+    run = ctypes.CDLL(str(library)).run
+    run.restype = None
+    run.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_char_p] + [ctypes.c_int64] * 4 + [ctypes.c_int] * 3
+
+    def kernel(x: Tensor, grad: Tensor, size: int, strip_rows: int, parts: int) -> Tensor:
+        batch, channels, height, width = x.shape
+        x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+        partials, partials_memory = guarded((parts, size * size + 1, channels), torch.float32)
+        out, out_memory = guarded((size * size + 1, channels), torch.float32)
+        run(
+            *map(address, (x, grad, partials, out)),
+            str(x.dtype).removeprefix("torch.").encode(),
+            *(batch, height, width, channels, size, strip_rows, parts),
+        )
+        assert_guards(partials_memory, out_memory)
+        return out
+
+    return kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [3, 5, 7])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weight_and_bias_gradient(
+    gradient: Callable[..., Tensor], shape: tuple, size: int, dtype: torch.dtype
+) -> None:
+    *shape, strip_rows = shape
+    x, grad = torch.randn(2, *shape).to(dtype)
+
+    def reference(dtype: torch.dtype) -> Tensor:
+        weight = torch.zeros(shape[1], 1, size, size, dtype=dtype, requires_grad=True)
+        bias = torch.zeros(shape[1], dtype=dtype, requires_grad=True)
+        y = depthwise_conv2d_reference(x.to(dtype), weight, bias, None)
+        of_weight, of_bias = torch.autograd.grad(y, (weight, bias), grad.to(dtype))
+        return torch.cat([of_weight.flatten(1).t(), of_bias[None]])
+
+    for parts in (1, 3, 20):  # 20: some have no tile
+        out = gradient(x, grad, size, strip_rows, parts)
+        assert_kernel_close(out, reference(torch.float32), reference(torch.float64))
+
+
+def test_many_parts_are_added(gradient: Callable[..., Tensor]) -> None:
+    x = torch.randn(40, 8, 3, 4)
+    out = gradient(x, x, 3, 4, 40)
+    torch.testing.assert_close(out[4], x.square().sum((0, 2, 3)))
+    torch.testing.assert_close(out[9], x.sum((0, 2, 3)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [3, 5, 7])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -149,7 +201,9 @@ def test_memory_that_is_not_aligned(forward: Callable[..., tuple[Tensor, ...]]) 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.mark.parametrize("architecture", ["90a"])
-@pytest.mark.parametrize(("source", "count"), [("depthwise_conv.cu", 3 * 3 * 3)])
+@pytest.mark.parametrize(
+    ("source", "count"), [("depthwise_conv.cu", 3 * 3 * 3), ("depthwise_conv_gradient.cu", 3 * 3 * 2 + 1)]
+)
 def test_registers_and_spills(source: str, count: int, architecture: str, tmp_path: Path) -> None:
     target = f"arch=compute_{architecture},code=sm_{architecture}"
     command = [NVCC, "-std=c++17", "-O3", "-cubin", "-gencode", target, "-Xptxas", "-v"]

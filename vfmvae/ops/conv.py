@@ -19,6 +19,7 @@ from vfmvae.ops.gradients import weight_gradients_wanted
 from vfmvae.ops.operation import Autograd, operation
 
 COMPILED_KERNEL_SIZES = (3, 5, 7)
+CHANNELS_OF_BLOCK = 64  # csrc/depthwise_conv.cuh
 
 
 def depthwise_conv2d(
@@ -147,14 +148,21 @@ def _launch_depthwise(
     )
 
 
+def _blocks(batch: int, channels: int, width: int) -> tuple[int, int]:
+    """Blocks of the CUDA kernels per strip of rows, and how many a GPU of 132 multiprocessors runs at a time:
+    two on each of 4 spans of 4 columns, or more of fewer.
+    """
+    spans = min(4, -(-width // 4))
+    blocks = batch * -(-channels // CHANNELS_OF_BLOCK) * -(-width // (4 * spans))
+    return blocks, 2 * 132 * 4 // spans
+
+
 @functools.lru_cache(maxsize=1024)
 def _strip_rows(batch: int, channels: int, height: int, width: int, size: int) -> int:
     """Rows that one block of the CUDA kernels walks down: few blocks leave the last wave of a GPU half empty,
     many read and multiply more border rows twice. The same on every GPU, so that results are too.
     """
-    spans = min(4, -(-width // 4))
-    slots = 2 * 132 * 4 // spans  # blocks at a time, on a GPU of 132 multiprocessors
-    blocks = max(1, batch) * -(-channels // 64) * -(-width // (4 * spans))
+    blocks, slots = _blocks(batch, channels, width)
 
     def cost(rows: int) -> tuple[int, int]:
         waves = -(-blocks * -(-height // rows) // slots)
@@ -172,17 +180,33 @@ def _run_weight_gradient(x: Tensor, grad: Tensor, size: int) -> Tensor:
     batch, channels, height, width = x.shape
     x, grad = _channels_last(x), _channels_last(grad)
     out = _weight_gradient_fake(x, grad, size)
-    native.extension().depthwise_weight_gradient_cpu(
-        x=x.data_ptr(),
-        grad=grad.data_ptr(),
-        out=out.data_ptr(),
-        dtype=str(x.dtype).removeprefix("torch."),
-        batch=batch,
-        height=height,
-        width=width,
-        channels=channels,
-        kernel_size=size,
-        threads=torch.get_num_threads(),
+    arguments = {
+        "x": x.data_ptr(),
+        "grad": grad.data_ptr(),
+        "out": out.data_ptr(),
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "batch": batch,
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "kernel_size": size,
+    }
+    if not x.is_cuda:
+        native.extension().depthwise_weight_gradient_cpu(**arguments, threads=torch.get_num_threads())
+        return out
+    strip_rows = _strip_rows(batch, channels, height, width, size)
+    blocks, slots = _blocks(batch, channels, width)
+    groups = -(-channels // CHANNELS_OF_BLOCK)
+    tiles = blocks // groups * -(-height // strip_rows)
+    parts = max(1, min(tiles, slots // groups))
+    partials = x.new_empty((parts, size * size + 1, channels), dtype=torch.float32)
+    native.extension().depthwise_weight_gradient_cuda(
+        **arguments,
+        partials=partials.data_ptr(),
+        strip_rows=strip_rows,
+        parts=parts,
+        device=x.device.index,
+        stream=torch.cuda.current_stream(x.device).cuda_stream,
     )
     return out
 
