@@ -79,11 +79,13 @@ def _setup_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.noise_dtype = None if noise is None else noise.dtype
 
 
-def _depthwise_autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _depthwise_autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """On a CPU, PyTorch's forward and input gradient, which are fast, and our gradient of the weight, where
     it is not: it takes ten times as long as the other two for 5 x 5 and 7 x 7, and more for maps of a few
     pixels. On CUDA all of it is ours.
     """
+    if grad is None:
+        return None, None, None, None
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_noise = ctx.needs_input_grad
     grad = _channels_last(grad)
@@ -98,6 +100,52 @@ def _depthwise_autograd(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tens
     if needs_noise:
         grad_noise = grad.sum((0, 1), dtype=torch.float32).to(ctx.noise_dtype)
     return grad_x, grad_weight, grad_bias, grad_noise
+
+
+def depthwise_conv2d_with_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`depthwise_conv2d` in its "cuda" form, and the statistics of the result from the same pass.
+
+    Takes what `why_no_statistics` has no objection to. y is cut into T tiles of neighbouring pixels, every
+    image alike. The gradient is that of y alone: whoever uses the statistics treats them as functions of y.
+
+    Returns:
+        y: [B, C, H, W] in x.dtype.
+        partials: [B, T, 2, C] float32, per tile the mean of y and the sum of squared deviations from it.
+        counts: [T] float32, the pixels of each tile.
+    """
+    return _depthwise_statistics(x, weight, bias, noise)
+
+
+def why_no_statistics(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor | None) -> str | None:
+    """Why `depthwise_conv2d_with_statistics` cannot take these arguments, or None."""
+    return _why_not_cuda(x, weight, bias, noise)
+
+
+def _run_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, partials, counts = _statistics_fake(x, weight, bias, noise)
+    _launch_depthwise(x, weight, bias, noise, y, (partials, counts))
+    return y, partials, counts
+
+
+def _statistics_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    strips = -(-height // _strip_rows(*map(int, x.shape), weight.shape[-1]))
+    tiles = strips * -(-width // 4)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    partials = x.new_empty((batch, tiles, 2, channels), dtype=torch.float32)
+    return y, partials, x.new_empty((tiles,), dtype=torch.float32)
+
+
+def _setup_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _setup_depthwise(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _run_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
@@ -228,6 +276,13 @@ _depthwise = operation(
     _depthwise_fake,
     _DEVICES,
     Autograd(_setup_depthwise, _depthwise_autograd),
+)
+_depthwise_statistics = operation(
+    "depthwise_conv2d_with_statistics",
+    _run_statistics,
+    _statistics_fake,
+    "cuda",
+    Autograd(_setup_statistics, _depthwise_autograd),
 )
 
 
