@@ -135,7 +135,8 @@ def _statistics_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, height, width = x.shape
-    strips = -(-height // _strip_rows(*map(int, x.shape), weight.shape[-1]))
+    # The number of tiles depends on all of the shape, so that torch.compile specialises on it.
+    strips = -(-height // _strip_rows(*map(int, (*x.shape, weight.shape[-1]))))
     tiles = strips * -(-width // 4)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     partials = x.new_empty((batch, tiles, 2, channels), dtype=torch.float32)
