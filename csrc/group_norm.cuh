@@ -17,7 +17,7 @@
 namespace vfmvae {
 
 constexpr int kGroupNormThreads = 256;
-constexpr int kMaxGridAxis = 65535;
+constexpr int kMostGridSamples = 1024;  // more are taken in turns; a grid may have 65535 rows
 
 // Rows of the float32 table [batch, kTableRows, channels] that the forward leaves for the backward:
 //     z = (x - mean) * scale + shift
@@ -71,13 +71,13 @@ inline GroupNormTiling group_norm_tiling(int64_t batch, int64_t pixels, int64_t 
           static_cast<int>(tile),
           static_cast<int>((pixels + tile - 1) / tile),
           columns,
-          kGroupNormThreads / columns,
+          static_cast<int>(std::min<int64_t>(kGroupNormThreads / columns, tile)),
           static_cast<int>((chunks + columns - 1) / columns)};
 }
 
 inline dim3 group_norm_grid(const GroupNormTiling& tiling) {
   return dim3(static_cast<unsigned>(tiling.tiles),
-              static_cast<unsigned>(std::min<int64_t>(tiling.batch, kMaxGridAxis)),
+              static_cast<unsigned>(std::min<int64_t>(tiling.batch, kMostGridSamples)),
               static_cast<unsigned>(tiling.channel_blocks));
 }
 

@@ -15,7 +15,7 @@
 namespace vfmvae {
 namespace {
 
-constexpr int kUnroll = 2;  // pixels of x and of grad whose loads a thread has in flight
+constexpr int kPairs = 2;  // pixels of x and of grad whose loads a thread has in flight
 
 // What a thread keeps of the table for its V channels. Without an activation, z is not needed.
 template <int V, int ACTIVATION>
@@ -64,16 +64,16 @@ __global__ void __launch_bounds__(kGroupNormThreads, ACTIVATION == kNone ? 3 : 2
       };
       int64_t at = tiling.offset(image, tile) + int64_t{row} * tiling.channels + channel;
       int pixel = row;
-      for (; pixel + (kUnroll - 1) * tiling.rows < count; pixel += kUnroll * tiling.rows) {
-        Vec<T, V> values[kUnroll], grads[kUnroll];
+      for (; pixel + (kPairs - 1) * tiling.rows < count; pixel += kPairs * tiling.rows) {
+        Vec<T, V> values[kPairs], grads[kPairs];
 #pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
+        for (int i = 0; i < kPairs; ++i) {
           values[i] = load_vector<T, V>(x + at + i * stride);
           grads[i] = load_vector<T, V>(grad + at + i * stride);
         }
 #pragma unroll
-        for (int i = 0; i < kUnroll; ++i) add(values[i], grads[i]);
-        at += kUnroll * stride;
+        for (int i = 0; i < kPairs; ++i) add(values[i], grads[i]);
+        at += kPairs * stride;
       }
       for (; pixel < count; pixel += tiling.rows, at += stride) {
         add(load_vector<T, V>(x + at), load_vector<T, V>(grad + at));
@@ -228,16 +228,16 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
     };
     int64_t at = tiling.offset(image, tile) + int64_t{row} * tiling.channels + channel;
     int pixel = row;
-    for (; pixel + (kUnroll - 1) * tiling.rows < count; pixel += kUnroll * tiling.rows) {
-      Vec<T, V> values[kUnroll], grads[kUnroll];
+    for (; pixel + (kPairs - 1) * tiling.rows < count; pixel += kPairs * tiling.rows) {
+      Vec<T, V> values[kPairs], grads[kPairs];
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
+      for (int i = 0; i < kPairs; ++i) {
         values[i] = load_vector<T, V>(x + at + i * stride);
         grads[i] = load_vector<T, V>(grad + at + i * stride);
       }
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) write(values[i], grads[i], out + at + i * stride);
-      at += kUnroll * stride;
+      for (int i = 0; i < kPairs; ++i) write(values[i], grads[i], out + at + i * stride);
+      at += kPairs * stride;
     }
     for (; pixel < count; pixel += tiling.rows, at += stride) {
       write(load_vector<T, V>(x + at), load_vector<T, V>(grad + at), out + at);
