@@ -9,6 +9,7 @@
 // 3. The elementwise pass goes through x from its end, of which the L2 cache still holds a part.
 // No atomics: the result is deterministic.
 #include "group_norm.cuh"
+#include "group_norm_small.cuh"
 #include "ops.h"
 
 namespace vfmvae {
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kGroupNormThreads)
                                const float* __restrict__ weight, const float* __restrict__ bias,
                                const float* __restrict__ style, float* __restrict__ table, int64_t pixels,
                                int channels, int groups, int tiles, double eps) {
-  __shared__ double sums[2][kGroupNormThreads];
+  __shared__ double shared[kGroupNormThreads];
   const int64_t image = blockIdx.x / groups;
   const int group = blockIdx.x - static_cast<int>(image) * groups;
   const int size = channels / groups, first = group * size;
@@ -119,19 +120,10 @@ __global__ void __launch_bounds__(kGroupNormThreads)
     sum += count * mean;
     squares += channel[channels] + count * mean * mean;
   }
-  sums[0][threadIdx.x] = sum;
-  sums[1][threadIdx.x] = squares;
-  for (int half = kGroupNormThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) {
-      sums[0][threadIdx.x] += sums[0][threadIdx.x + half];
-      sums[1][threadIdx.x] += sums[1][threadIdx.x + half];
-    }
-  }
-  __syncthreads();
 
-  const double count = static_cast<double>(pixels) * size, shifted = sums[0][0] / count;
-  const double difference = sums[1][0] / count - shifted * shifted;
+  const double count = static_cast<double>(pixels) * size;
+  const double shifted = block_sum(sum, shared) / count;
+  const double difference = block_sum(squares, shared) / count - shifted * shifted;
   const double variance = difference < 0.0 ? 0.0 : difference;  // NaN stays NaN
   const double mean = origin + shifted, rstd = 1.0 / sqrt(variance + eps);
   const float nearest = static_cast<float>(mean);
@@ -249,6 +241,11 @@ void group_norm_cuda(const GroupNormCudaTensors& tensors, const std::string& dty
   const bool aligned = is_aligned(tensors.x, kVectorBytes) && is_aligned(tensors.out, kVectorBytes) &&
                        is_aligned(tensors.table, kVectorBytes);
   DeviceGuard guard(device);
+  const GroupNormSmall small = group_norm_small(type, pixels, channels, groups, kSmallVectors);
+  if (given_tiles == 0 && aligned && small.rows > 0) {
+    launch_group_norm_small(tensors, small, type, batch, function, eps, stream);
+    return;
+  }
   if (given_tiles == 0) launch_statistics(tensors, type, aligned, batch, pixels, channels, stream);
   const int64_t tiles = given_tiles == 0 ? own_tiles : given_tiles;
   launch_finalize(tensors, batch, pixels, channels, groups, tiles, eps, stream);

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "checks.h"
 #include "launch.cuh"
@@ -129,7 +130,20 @@ __device__ __forceinline__ Vec<T, V> load_vector(const T* source) {
   return *reinterpret_cast<const Vec<T, V>*>(source);
 }
 
-// Calls run(T{}, V, ACTIVATION) with the constants as types: 16-byte vectors where all addresses and the
+// The sum over a block of at most kGroupNormThreads threads, each of which gets it.
+__device__ __forceinline__ double block_sum(double value, double (&shared)[kGroupNormThreads]) {
+  shared[threadIdx.x] = value;
+  for (unsigned half = kGroupNormThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half && threadIdx.x + half < blockDim.x) shared[threadIdx.x] += shared[threadIdx.x + half];
+  }
+  __syncthreads();
+  const double sum = shared[0];
+  __syncthreads();
+  return sum;
+}
+
+// Calls run(T{}, V) with the constant as a type: 16-byte vectors where all addresses and the
 // number of channels allow them, else one channel at a time.
 template <typename Run>
 void for_vector_and_type(DType type, bool aligned, int64_t channels, const Run& run) {

@@ -10,6 +10,7 @@
 // 3. The elementwise pass recomputes g, from the end of the maps, of which the L2 cache still holds a part.
 // No atomics: the result is deterministic.
 #include "group_norm.cuh"
+#include "group_norm_small.cuh"
 #include "ops.h"
 
 namespace vfmvae {
@@ -148,20 +149,10 @@ __global__ void __launch_bounds__(kGroupNormThreads)
     }
     __syncthreads();
   }
-  sums[0][threadIdx.x] = group_sum;
-  sums[1][threadIdx.x] = group_product;
-  for (int half = kGroupNormThreads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) {
-      sums[0][threadIdx.x] += sums[0][threadIdx.x + half];
-      sums[1][threadIdx.x] += sums[1][threadIdx.x + half];
-    }
-  }
-  __syncthreads();
 
   const double count = static_cast<double>(pixels) * size;
-  const double slope = -rstd * rstd * sums[1][0] / count;
-  const double offset = -rstd * sums[0][0] / count - slope * rest;
+  const double slope = -rstd * rstd * block_sum(group_product, sums[0]) / count;
+  const double offset = -rstd * block_sum(group_sum, sums[0]) / count - slope * rest;
   for (int c = first + threadIdx.x; c < first + size; c += kGroupNormThreads) {
     result[kSlope * channels + c] = static_cast<float>(slope);
     result[kOffset * channels + c] = static_cast<float>(offset);
@@ -269,7 +260,13 @@ void group_norm_backward_cuda(const GroupNormCudaTensors& tensors, const GroupNo
     });
   };
   DeviceGuard guard(device);
-  if (batch > 0) {
+  const GroupNormSmall small =
+      aligned ? group_norm_small(type, pixels, channels, groups, kSmallPairs) : GroupNormSmall{};
+  const bool large = batch > 0 && small.rows == 0;
+  if (batch > 0 && !large) {
+    launch_group_norm_small_gradient(tensors, gradients, small, type, batch, function, stream);
+  }
+  if (large) {
     for_kernels([&](auto element, auto vector, auto activation, const GroupNormTiling& tiling) {
       using T = decltype(element);
       launch(group_norm_sums_kernel<T, decltype(vector)::value, decltype(activation)::value>,
@@ -288,7 +285,7 @@ void group_norm_backward_cuda(const GroupNormCudaTensors& tensors, const GroupNo
            coefficients, reinterpret_cast<float*>(gradients.weight), reinterpret_cast<float*>(gradients.bias),
            batch, static_cast<int>(channels));
   }
-  if (batch > 0) {
+  if (large) {
     for_kernels([&](auto element, auto vector, auto activation, const GroupNormTiling& tiling) {
       using T = decltype(element);
       launch(group_norm_gradient_kernel<T, decltype(vector)::value, decltype(activation)::value>,

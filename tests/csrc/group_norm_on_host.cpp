@@ -1,6 +1,7 @@
 // csrc/group_norm*.cu as a CPU library with a C interface; compiled by test_group_norm.py.
 #include "group_norm.cu"
 #include "group_norm_backward.cu"
+#include "group_norm_small.cu"
 
 extern "C" {
 

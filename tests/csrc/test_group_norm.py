@@ -30,6 +30,8 @@ SHAPES = [  # (batch, channels, height, width), groups
     ((1, 300, 3, 5), 1),  # a group of more channels than a block has threads
     ((1, 2056, 2, 3), 8),  # more channels than a block takes, by vectors
     ((1, 515, 2, 1), 5),  # and one by one
+    ((2, 64, 9, 7), 4),  # a group fits into a block, whose threads read several pixels
+    ((2, 64, 25, 23), 4),  # and as it is too large for the backward
 ]
 GUARD = 64  # elements around all that is allocated, which must stay as they are
 ADDRESSES = "x weight bias style partials"
@@ -223,6 +225,7 @@ def test_empty_batch() -> None:
     [
         ("group_norm.cu", 3 * 2 + 1 + 3 * 2 * 4),  # dtypes, vectors, activations
         ("group_norm_backward.cu", 2 + 2 * 3 * 2 * 4),
+        ("group_norm_small.cu", 2 * 3 * 4),
     ],
 )
 def test_registers_and_spills(source: str, kernels: int, tmp_path: Path) -> None:
