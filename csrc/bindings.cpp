@@ -78,6 +78,20 @@ PYBIND11_MODULE(_C, module) {
   module.def("upsample_blur_cuda", &vfmvae::upsample_blur_cuda, py::kw_only(), "x"_a, "residual"_a, "out"_a,
              "dtype"_a, "batch"_a, "height"_a, "width"_a, "channels"_a, "kernel_size"_a, "upscale"_a,
              "adjoint"_a, "device"_a, "stream"_a, no_gil);
+  module.def(
+      "depthwise_conv_cuda",
+      [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t noise, uintptr_t out, uintptr_t partials,
+         uintptr_t counts, const std::string& dtype, int64_t batch, int64_t height, int64_t width,
+         int64_t channels, int kernel_size, bool flipped, int strip_rows, int device, uintptr_t stream) {
+        vfmvae::depthwise_conv_cuda({x, weight, bias, noise, out, partials, counts}, dtype, batch, height,
+                                    width, channels, kernel_size, flipped, strip_rows, device, stream);
+      },
+      py::kw_only(), "x"_a, "weight"_a, "bias"_a, "noise"_a, "out"_a, "partials"_a, "counts"_a, "dtype"_a,
+      "batch"_a, "height"_a, "width"_a, "channels"_a, "kernel_size"_a, "flipped"_a, "strip_rows"_a,
+      "device"_a, "stream"_a, no_gil);
+  module.def("depthwise_weight_gradient_cuda", &vfmvae::depthwise_weight_gradient_cuda, py::kw_only(), "x"_a,
+             "grad"_a, "partials"_a, "out"_a, "dtype"_a, "batch"_a, "height"_a, "width"_a, "channels"_a,
+             "kernel_size"_a, "strip_rows"_a, "parts"_a, "device"_a, "stream"_a, no_gil);
   module.def("group_norm_tiles", &vfmvae::group_norm_tiles, py::kw_only(), "batch"_a, "pixels"_a,
              "channels"_a, no_gil);
   module.def(

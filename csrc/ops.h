@@ -25,6 +25,27 @@ void upsample_blur_cuda(uintptr_t x, uintptr_t residual, uintptr_t out, const st
 void depthwise_weight_gradient_cpu(uintptr_t x, uintptr_t grad, uintptr_t out, const std::string& dtype,
                                    int64_t batch, int64_t height, int64_t width, int64_t channels,
                                    int kernel_size, int threads);
+// The same, with float16 too. `partials` is scratch memory, float32 [parts, k*k + 1, C]; the sums of part p are
+// over the tiles p, p + parts, ... An image is cut into strips of `strip_rows` rows.
+void depthwise_weight_gradient_cuda(uintptr_t x, uintptr_t grad, uintptr_t partials, uintptr_t out,
+                                    const std::string& dtype, int64_t batch, int64_t height, int64_t width,
+                                    int64_t channels, int kernel_size, int strip_rows, int parts, int device,
+                                    uintptr_t stream);
+
+// Addresses; 0 where there is none. x and out have the dtype of the op, the others are float32.
+struct DepthwiseTensors {
+  uintptr_t x, weight, bias, noise;  // [B, H, W, C], [C, k, k], [C] or 0, [H, W] or 0
+  uintptr_t out;
+  uintptr_t partials, counts;  // [B, tiles, 2, C], [tiles], or 0
+};
+
+// Depthwise convolution of odd size k (3, 5, 7), "same" zero padding, stride 1. `flipped` turns the weights by
+// half a circle: the input gradient from the output's. An image is cut into strips of `strip_rows` rows.
+// `partials` become, per channel of each tile of out, the mean and the sum of the squared deviations from it;
+// `counts` the pixels of each tile. tiles = ceil(H / strip_rows) * ceil(W / 4).
+void depthwise_conv_cuda(const DepthwiseTensors& tensors, const std::string& dtype, int64_t batch,
+                         int64_t height, int64_t width, int64_t channels, int kernel_size, bool flipped,
+                         int strip_rows, int device, uintptr_t stream);
 
 // Addresses of float32 tensors, E hidden channels.
 struct ModulatedMlpWeights {
