@@ -16,6 +16,7 @@ namespace vfmvae {
 namespace {
 
 constexpr int kUnroll = 4;  // pixels whose loads a thread has in flight
+constexpr int64_t kCheapElements = 1 << 22;
 
 // partials [batch, tiles, 2, channels]: mean and sum of squared deviations from it; counts [tiles].
 template <typename T, int V>
@@ -242,7 +243,9 @@ void group_norm_cuda(const GroupNormCudaTensors& tensors, const std::string& dty
                        is_aligned(tensors.table, kVectorBytes);
   DeviceGuard guard(device);
   const GroupNormSmall small = group_norm_small(type, pixels, channels, groups, kSmallVectors);
-  if (given_tiles == 0 && aligned && small.rows > 0) {
+  // One kernel more costs as much as reading some megabytes again, from the L2 cache.
+  const bool again = given_tiles == 0 || batch * pixels * channels < kCheapElements;
+  if (aligned && small.rows > 0 && again) {
     launch_group_norm_small(tensors, small, type, batch, function, eps, stream);
     return;
   }

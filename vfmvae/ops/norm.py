@@ -52,6 +52,13 @@ def group_norm(
     Raises:
         ValueError: groups that do not divide C, other shapes of weight, bias or style, an unknown activation.
     """
+    check_group_norm(x, groups, weight, bias, activation, style)
+    return _GROUP_NORM(fused, x, groups, weight, bias, eps, activation, style)
+
+
+def check_group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, activation: str | None, style: Tensor | None
+) -> None:
     if x.shape[1] % groups:
         raise ValueError(f"{x.shape[1]} channels cannot be divided into {groups} groups")
     if weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
@@ -63,7 +70,6 @@ def group_norm(
         raise ValueError(f"activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
     if style is not None and style.shape != x.shape[:2]:
         raise ValueError(f"style is {list(style.shape)}; x {list(x.shape)} needs {list(x.shape[:2])}")
-    return _GROUP_NORM(fused, x, groups, weight, bias, eps, activation, style)
 
 
 # torch.group_norm, since F.group_norm refuses groups of a single value (batch 1 at 1 x 1 pixel).
