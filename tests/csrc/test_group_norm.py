@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -196,6 +197,30 @@ def test_given_statistics() -> None:
     own = norm_and_gradients(norm_cuda.group_norm, inputs, 4, 1e-5, "gelu")
     for one, other in zip(norm_and_gradients(given, inputs, 4, 1e-5, "gelu"), own, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_that_the_depthwise_convolution_leaves(tmp_path: Path) -> None:
+    library = ctypes.CDLL(str(compile_for_host("depthwise_conv_on_host.cpp", tmp_path)))
+    x, weight = torch.randn(2, 9, 10, 16), 10 * torch.rand(16, 1, 3, 3)  # [B, H, W, C]
+    out, partials, counts = (
+        torch.empty_like(x),
+        torch.full((2, 9, 2, 16), math.nan),
+        torch.full((9,), math.nan),
+    )
+    addresses = [
+        x.data_ptr(),
+        weight.data_ptr(),
+        0,
+        0,
+        out.data_ptr(),
+        partials.data_ptr(),
+        counts.data_ptr(),
+    ]
+    library.run(*map(ctypes.c_void_p, addresses), b"float32", *map(ctypes.c_int64, (2, 9, 10, 16, 3, 0, 4)))
+    y = out.permute(0, 3, 1, 2)
+    settings = 4, torch.randn(16), torch.randn(16), 1e-5, None, None
+    given = norm_cuda.group_norm_from_partials(y, partials, counts, *settings)
+    torch.testing.assert_close(given, norm_cuda.group_norm(y, *settings), rtol=1e-5, atol=1e-5)
 
 
 def test_unwanted_gradients_are_not_computed() -> None:
