@@ -85,6 +85,36 @@ void group_norm_backward_cpu(const GroupNormTensors& tensors, uintptr_t grad, ui
                              uintptr_t grad_bias, const std::string& dtype, int64_t batch, int64_t pixels,
                              int64_t channels, int64_t groups, const std::string& activation, int threads);
 
+// Addresses for CUDA. x and out have the dtype of the op, the others are float32; style may be 0.
+struct GroupNormCudaTensors {
+  uintptr_t x, weight, bias, style;  // [B, pixels, C], [C], [C], [B, C]
+  uintptr_t partials, counts;        // [B, tiles, 2, C], [tiles]: workspace, or statistics that are given
+  uintptr_t table;                   // [B, 5, C]: what the backward needs of the statistics
+  uintptr_t out;                     // [B, pixels, C]
+};
+
+// Tiles into which the CUDA form cuts a sample.
+int64_t group_norm_tiles(int64_t batch, int64_t pixels, int64_t channels);
+
+// out = activation(style * ((x - mean) * rstd * weight + bias)). With given_tiles > 0 the statistics are given:
+// partials [B, given_tiles, 2, C] holds the mean of each channel over a tile's pixels, and the sum of squared
+// deviations from it, and counts [given_tiles] how many pixels that are. With 0, and for small maps, they are computed from x.
+void group_norm_cuda(const GroupNormCudaTensors& tensors, const std::string& dtype, int64_t batch,
+                     int64_t pixels, int64_t channels, int64_t groups, int64_t given_tiles, double eps,
+                     const std::string& activation, int device, uintptr_t stream);
+
+// out (the gradient that comes in) and x have the dtype of the op, the others are float32.
+struct GroupNormCudaGradients {
+  uintptr_t out, x, weight, bias, style;  // weight and bias, or style, may be 0: not computed
+  uintptr_t coefficients;                 // [B, 4, C], workspace
+};
+
+// `tensors` as above with the table of the forward; partials [B, group_norm_tiles(...), 2, C] is a workspace,
+// counts and out are not used.
+void group_norm_backward_cuda(const GroupNormCudaTensors& tensors, const GroupNormCudaGradients& gradients,
+                              const std::string& dtype, int64_t batch, int64_t pixels, int64_t channels,
+                              int64_t groups, const std::string& activation, int device, uintptr_t stream);
+
 // Whether this processor multiplies matrices of bfloat16 faster than those of float32.
 bool cpu_multiplies_bfloat16();
 
