@@ -7,21 +7,20 @@ The implementations of a case take turns, and ratios to the reference are median
 the backward pass that leaves out gradients of weights (the one that measures an adaptive loss weight). Bytes
 and FLOPs are what the forward pass cannot do without: every tensor once, a multiply-add as two.
 
-The JSON goes to benchmarks/results/kernels-DTYPE-DEVICE.json unless --output says otherwise.
+The JSON goes to benchmarks/results/kernels-DTYPE-DEVICE.json unless --json says otherwise.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import tyro
 from common import RESULTS, provenance, seconds, write_result
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +33,6 @@ from vfmvae.ops.norm import _GROUP_NORM
 from vfmvae.ops.resample import _UPSAMPLE_BLUR
 from vfmvae.training.device import DTYPES, keep_freed_memory, pick_device
 
-Operation = Literal["depthwise_conv2d", "group_norm", "modulated_mlp", "upsample_blur"]
 NAMES = {
     "depthwise_conv2d": _DEPTHWISE.names(),
     "group_norm": _GROUP_NORM.names(),
@@ -44,6 +42,7 @@ NAMES = {
 SHAPES = {  # [B, C, H, W] of the decoder's blocks
     "demo": [(8, 64, 8, 8), (8, 64, 16, 16), (8, 32, 32, 32), (8, 16, 64, 64)],
     "full": [(1, 512, 32, 32), (1, 512, 64, 64), (1, 256, 128, 128), (1, 128, 256, 256)],
+    "odd": [(1, 12, 5, 7), (3, 24, 9, 33)],
 }
 
 
@@ -56,35 +55,58 @@ class Case(NamedTuple):
     flops: float
 
 
-@dataclass
-class Options:
-    """Measure operations. Example: python benchmarks/kernels.py --op modulated_mlp --repeats 20"""
-
-    op: Operation | None = None
-    """One operation; without it all of them."""
-    size: Literal["demo", "full", "all"] = "all"
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    repeats: int = 7
-    threads: int | None = None
-    """CPU threads; by default what torch takes."""
-    device: str = "auto"
-    output: Path | None = None
+def read_options() -> argparse.Namespace:
+    # argparse: on a fresh GPU machine tyro may be missing.
+    parser = argparse.ArgumentParser(prog="python benchmarks/kernels.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--op", choices=list(NAMES), help="one operation; without it all of them")
+    parser.add_argument("--size", choices=("demo", "full", "all"), default="all")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="CPU threads; by default what torch takes")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--exercise", metavar="NAME", help="run this implementation once at odd shapes, that is all"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args()
 
 
 def main() -> None:
-    options = tyro.cli(Options, prog="python benchmarks/kernels.py")
+    options = read_options()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
+    if options.exercise is not None:
+        exercise(options.exercise, device)
+        return
     if device.type == "cpu":
         keep_freed_memory()  # as a training run does
-    rows = list(measured(options, device))
+    path = options.json or RESULTS / f"kernels-{options.dtype}-{device.type}.json"
+    rows: list[dict[str, Any]] = []
+    for row in measured(options, device):
+        rows.append(row)
+        write_result(path, {**provenance(device), "dtype": options.dtype, "rows": rows})
     show(rows, provenance(device))
-    path = options.output or RESULTS / f"kernels-{options.dtype}-{device.type}.json"
-    write_result(path, {**provenance(device), "dtype": options.dtype, "rows": rows})
 
 
-def measured(options: Options, device: torch.device) -> Iterator[dict[str, Any]]:
+def exercise(name: str, device: torch.device) -> None:
+    """Forward and backward of one implementation of every operation that has it: for compute-sanitizer."""
+    for op, names in NAMES.items():
+        for dtype in DTYPES.values() if name in names else ():
+            for shape in SHAPES["odd"]:
+                case = build(op, shape, dtype, device)
+                tensors = [t.requires_grad_() for t in case.tensors]
+                try:
+                    y = case.function(*tensors, fused=name)
+                except ValueError as objection:
+                    print(objection)
+                    continue
+                torch.autograd.grad(y, tensors, torch.randn_like(y))
+        print(op, "done" if name in names else f"has no {name!r}", flush=True)
+
+
+def measured(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     sizes = ("demo", "full") if options.size == "all" else (options.size,)
     for op in [options.op] if options.op else NAMES:
         for size in sizes:

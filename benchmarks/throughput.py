@@ -1,25 +1,24 @@
 """Images per second of encoding and decoding: the reference against the fused operations.
 
     python benchmarks/throughput.py                             the demo's sizes, random weights
-    python benchmarks/throughput.py --recipe vfm_vae_siglip2_large --batch-size 1 --repeats 3
+    python benchmarks/throughput.py --config full --batch 1 --repeats 3
 
 All variants are measured in one process, one after the other; only their ratios mean something on a shared
 machine. A whole training step is measured by step.py.
-The JSON goes to benchmarks/results/throughput.json unless --output says otherwise.
+The JSON goes to benchmarks/results/throughput.json unless --json says otherwise.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
 from pathlib import Path
 
 import torch
-import tyro
 from common import RESULTS, median_seconds, provenance, write_result
 from rich.console import Console
 from rich.table import Table
 
-from vfmvae.recipes import RECIPES
+from vfmvae.recipes import demo, vfm_vae_siglip2_large
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.training.device import pick_device
 
@@ -30,32 +29,26 @@ VARIANTS: dict[str, tuple[bool, torch.dtype | None]] = {
 }
 
 
-@dataclass
-class Options:
-    """Measure encode and decode. Example: python benchmarks/throughput.py --batch-size 16"""
-
-    recipe: str = "demo"
-    batch_size: int = 8
-    repeats: int = 5
-    device: str = "auto"
-    output: Path = RESULTS / "throughput.json"
-
-
 def main() -> None:
-    options = tyro.cli(Options, prog="python benchmarks/throughput.py")
-    if options.recipe not in RECIPES:
-        raise SystemExit(f"unknown recipe {options.recipe!r}; known: {', '.join(RECIPES)}")
-    config, device = RECIPES[options.recipe](), pick_device(options.device)
+    parser = argparse.ArgumentParser(prog="python benchmarks/throughput.py")
+    parser.add_argument("--config", choices=("demo", "full"), default="demo")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, default=RESULTS / "throughput.json")
+    options = parser.parse_args()
+    config = (demo if options.config == "demo" else vfm_vae_siglip2_large)()
+    device = pick_device(options.device)
     rates: dict[str, dict[str, float]] = {}
     for name, (fused, dtype) in VARIANTS.items():
         torch.manual_seed(0)
         tokenizer = Tokenizer(config.tokenizer, encoder_weights=None, fused=fused).to(device)
         tokenizer.compute_dtype = dtype
-        rates[name] = measure(tokenizer, options.batch_size, options.repeats, device)
+        rates[name] = measure(tokenizer, options.batch, options.repeats, device)
         del tokenizer
     show(rates, provenance(device))
-    result = {"recipe": options.recipe, "batch_size": options.batch_size, "images_per_second": rates}
-    write_result(options.output, provenance(device) | result)
+    result = {"config": options.config, "batch_size": options.batch, "images_per_second": rates}
+    write_result(options.json, provenance(device) | result)
 
 
 def measure(tokenizer: Tokenizer, batch_size: int, repeats: int, device: torch.device) -> dict[str, float]:
