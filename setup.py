@@ -10,7 +10,8 @@ VFMVAE_BUILD chooses what is compiled:
 VFMVAE_CUDA_ARCHS overrides the GPU targets, in CMake's notation ("90a-real;100-real").
 
 One line says what was built and why. pip shows it under -v only, so it is also kept in vfmvae/_build.txt,
-which `python -m vfmvae.doctor` prints. Torch is not needed here.
+which `python -m vfmvae.doctor` prints. Torch is not needed here. `python setup.py build_ext --inplace` builds
+in a checkout without pip.
 """
 
 from __future__ import annotations
@@ -92,6 +93,10 @@ def first_error(output: str) -> str:
 class BuildWithCMake(build_ext):
     """Compiles the one extension; `build_extension` is the hook that also serves editable installs."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.asked_in_place = bool(self.inplace)  # setuptools clears `inplace` while it builds
+
     def build_extension(self, ext: Extension) -> None:
         mode = os.environ.get("VFMVAE_BUILD", "auto")
         if mode not in MODES:
@@ -159,7 +164,7 @@ class BuildWithCMake(build_ext):
 
     def _package_folder(self) -> Path:
         """Where the installed package lies: the source tree for an editable install, else the build tree."""
-        in_source = self.inplace or self.editable_mode
+        in_source = self.asked_in_place or self.editable_mode
         return ROOT / "vfmvae" if in_source else Path(self.build_lib) / "vfmvae"
 
     def _remove_stale(self) -> None:

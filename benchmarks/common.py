@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: timing, and the line that says where a number comes from."""
+"""Shared by the benchmarks: timing, what the machine can do at most, and where a number comes from."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import datetime
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+Unit = Literal["matrix", "fma"]
+"""What does the arithmetic: the units for matrix products, or those for single multiply-adds."""
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, repeats: int, warmup: int = 2) -> float:
@@ -31,21 +36,119 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+class Stopwatch:
+    """Times short calls: on CUDA the device's work alone, with empty caches; elsewhere `seconds`.
+
+    The L2 cache is overwritten first, and the device then sleeps while Python queues the call's kernels, so
+    that they run without gaps. In a training step the queue is as full.
+    """
+
+    FLUSHED_BYTES = 256 * 2**20
+    SLEEP_CYCLES = 2_000_000  # about a millisecond
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            self.flushed = torch.empty(self.FLUSHED_BYTES, dtype=torch.int8, device=device)
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            return seconds(run, self.device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flushed.zero_()
+        torch.cuda._sleep(self.SLEEP_CYCLES)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def median_seconds(self, run: Callable[[], object], repeats: int, warmup: int = 2) -> float:
+        times = [self.seconds(run) for _ in range(warmup + repeats)]
+        return statistics.median(times[warmup:])
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reached or can reach in the run that a result comes from."""
+
+    copy_bytes_per_second: float
+    """Read and written by a large copy."""
+    matrix_flops: float
+    """Of a large product of random matrices, in the dtype of the benchmark; a multiply-add is two."""
+    fma_flops: float
+    """float32, outside of matrix units: a GPU's cores times its clock; on a CPU a float32 matrix product."""
+
+    def floor_seconds(self, moved_bytes: float, flops: float, unit: Unit) -> float:
+        """The least time for so many bytes and so many operations, which overlap at best."""
+        rate = self.matrix_flops if unit == "matrix" else self.fma_flops
+        return max(moved_bytes / self.copy_bytes_per_second, flops / rate)
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    cuda, watch = device.type == "cuda", Stopwatch(device)
+    source = torch.ones(2**30 if cuda else 2**26, dtype=torch.int8, device=device)
+    copied = watch.median_seconds(partial(torch.empty_like(source).copy_, source), repeats=10 if cuda else 5)
+
+    def product_rate(dtype: torch.dtype) -> float:
+        side = 8192 if cuda else 1024
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        taken = watch.median_seconds(partial(torch.mm, a, b), repeats=10 if cuda else 3, warmup=1)
+        return 2 * side**3 / taken
+
+    matrix = product_rate(dtype)
+    # A CPU has one kind of units for both.
+    fma = _fma_peak(device) if cuda else matrix if dtype == torch.float32 else product_rate(torch.float32)
+    return Ceilings(2 * source.numel() / copied, matrix, fma)
+
+
+def _fma_peak(device: torch.device) -> float:
+    properties = torch.cuda.get_device_properties(device)
+    cores = 64 if (properties.major, properties.minor) == (8, 0) else 128
+    return 2.0 * cores * properties.multi_processor_count * _highest_clock_hz(properties)
+
+
+def _highest_clock_hz(properties: Any) -> float:
+    if khz := getattr(properties, "clock_rate", 0):
+        return 1e3 * khz
+    query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    return 1e6 * float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Date, device and versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
+    cuda = device.type == "cuda"
+    where = {
         "date": datetime.date.today().isoformat(),
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    if cuda:
+        where |= {"cuda": torch.version.cuda, "triton": _triton_version()}
+    return where
+
+
+def one_line(where: Mapping[str, Any]) -> str:
+    """Provenance and ceilings for a reader."""
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in where.items())
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
 
 
 def _wait(device: torch.device) -> None:

@@ -111,7 +111,8 @@ class PublishedStep:
         latents = posterior.sample(draws.normal((tokenizer.config.latent_channels, side, side)))
         return self.decode(tokenizer, latents), posterior, tokenizer.alignment_loss(latents, features)
 
-    def decode(self, tokenizer: Tokenizer, latents: Tensor) -> list[Tensor]:
+    def decode(self, tokenizer: Tokenizer, latents: Tensor, multiscale: bool = True) -> list[Tensor]:
+        """Latents -> images, largest first; without `multiscale` that one alone."""
         z_map = tokenizer.decompressed(latents).contiguous()
         style = tokenizer.style(z_map)
         x: Tensor | None = None
@@ -123,7 +124,8 @@ class PublishedStep:
                 assert x is not None and skip is not None
                 x, skip, z_map = x.to(self.low), skip.to(self.low), z_map.to(self.low)
             x, skip = block(x, skip, z_map, style)
-            images.append(block.to_rgb(skip, style))
+            if multiscale or pixels == tokenizer.config.resolution:
+                images.append(block.to_rgb(skip, style))
         return images[::-1]
 
     @torch.no_grad()

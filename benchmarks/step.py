@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from common import RESULTS, provenance, seconds, write_result
 from published_step import PublishedStep
 from rich.console import Console
@@ -79,6 +78,8 @@ class Options:
 
 
 def main() -> None:
+    import tyro  # throughput.py uses this file's functions, also where there is no tyro
+
     options = tyro.cli(Options, prog="python benchmarks/step.py")
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.benchmarks.scripts import script
 from tests.helpers import ROOT
 from tests.tiny_runs import raise_layer_scales, stage, tiny
 from vfmvae.config import TrainConfig
 from vfmvae.train_job import Job
 from vfmvae.train_step import training_step
 from vfmvae.training.stages import LossWeights
-
-
-@contextmanager
-def scripts_importable() -> Iterator[None]:
-    """As for a command in benchmarks/: its neighbours are found."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    with scripts_importable():
-        spec.loader.exec_module(module)
-    return module
-
 
 step = script("step")
 PublishedStep = step.PublishedStep

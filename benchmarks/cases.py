@@ -1,0 +1,149 @@
+"""The operations that kernels.py measures: a row of OPERATIONS each, with what it cannot do without.
+
+FLOPs count a multiply-add as two. Bytes are those of every tensor that a pass must read or write, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from common import Unit
+from torch import Tensor
+
+from vfmvae import ops
+from vfmvae.ops.conv import _DEPTHWISE
+from vfmvae.ops.dispatch import Op
+from vfmvae.ops.gated import _GEGLU
+from vfmvae.ops.mlp import _MODULATED_MLP, _MODULATED_TO_RGB
+from vfmvae.ops.norm import _GROUP_NORM
+from vfmvae.ops.resample import _UPSAMPLE_BLUR
+
+Pass = Literal["forward", "inputs", "backward"]
+PASSES: tuple[Pass, ...] = ("forward", "inputs", "backward")
+"""Forward; gradients of the inputs without those of weights; all gradients."""
+Shape = tuple[int, ...]
+
+BLOCKS: dict[str, list[Shape]] = {  # [B, C, H, W] in the decoder's blocks; upsample_blur ends there
+    "demo": [(8, 64, 8, 8), (8, 64, 16, 16), (8, 32, 32, 32), (8, 16, 64, 64)],
+    "full": [(1, 512, 32, 32), (1, 512, 64, 64), (1, 256, 128, 128), (1, 128, 256, 256)],
+    "odd": [(1, 12, 5, 7), (3, 24, 9, 33)],
+}
+TOKENS: dict[str, list[Shape]] = {  # [B, N, C] inside the latent fusion
+    "demo": [(8, 64, 256)],
+    "full": [(1, 1024, 2048)],
+    "odd": [(1, 7, 12), (3, 33, 40)],
+}
+
+
+@dataclass
+class Case:
+    """One operation at one shape."""
+
+    function: Callable[..., Tensor]
+    tensors: list[Tensor]
+    inputs: int
+    """So many of the tensors are inputs; the others are weights."""
+    flops: dict[Pass, float]
+    unit: Unit
+    reads: tuple[int, ...] = ()
+    """Tensors that the backward pass needs beside the output's gradient."""
+    weight_reads: tuple[int, ...] = ()
+    """Those that only gradients of weights need."""
+    passed_on: tuple[int, ...] = field(default=())
+    """Tensors whose gradient is the output's, so nothing is written."""
+
+    def moved_bytes(self, y: Tensor) -> dict[Pass, float]:
+        """Bytes of each pass; y is the output."""
+
+        def size(indices: range | tuple[int, ...]) -> float:
+            return sum(self.tensors[i].numel() * self.tensors[i].element_size() for i in indices)
+
+        out = y.numel() * y.element_size()
+        passed_on, everything = size(self.passed_on), range(len(self.tensors))
+        inputs = out + size(self.reads) + size(range(self.inputs)) - passed_on
+        backward = out + size(self.reads) + size(self.weight_reads) + size(everything) - passed_on
+        return {"forward": size(everything) + out, "inputs": inputs, "backward": backward}
+
+
+class Operation(NamedTuple):
+    op: Op
+    build: Callable[[Shape, torch.dtype, torch.device], Case]
+    shapes: dict[str, list[Shape]] = BLOCKS
+
+
+def flops(forward: float, inputs: float = 1, backward: float = 2) -> dict[Pass, float]:
+    """Of the three passes; the latter two as multiples of the first."""
+    return {"forward": forward, "inputs": inputs * forward, "backward": backward * forward}
+
+
+def activations(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    x = torch.randn(shape, device=device).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
+
+
+def depthwise_conv2d(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    channels = shape[1]
+    weight = torch.randn(channels, 1, 7, 7, device=device) / 7
+    tensors = [activations(shape, dtype, device), weight, torch.randn(channels, device=device)]
+    work = flops(2 * 49 * math.prod(shape))
+    return Case(ops.depthwise_conv2d, tensors, 1, work, "fma", reads=(1,), weight_reads=(0,))
+
+
+def group_norm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    channels = shape[1]
+    groups = max(1, min(32, channels // 4))
+    tensors = [activations(shape, dtype, device), *torch.randn(2, channels, device=device).unbind()]
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, fused: bool | str) -> Tensor:
+        return ops.group_norm(x, groups, weight, bias, fused=fused)
+
+    return Case(norm, tensors, 1, flops(8 * math.prod(shape)), "fma", reads=(0, 1))
+
+
+def modulated_mlp(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    batch, channels = shape[:2]
+    hidden = 4 * channels
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(size, device=device)
+
+    tensors = [activations(shape, dtype, device), activations(shape, dtype, device), numbers(batch, channels)]
+    tensors += [numbers(hidden, channels) / channels**0.5, numbers(hidden)]
+    tensors += [numbers(channels, hidden) / hidden**0.5, numbers(channels), numbers(channels)]
+    work = flops(4 * math.prod(shape) * hidden)
+    return Case(ops.modulated_mlp, tensors, 3, work, "matrix", reads=tuple(range(1, 8)), passed_on=(0,))
+
+
+def modulated_to_rgb(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    batch, channels = shape[:2]
+    weights = [torch.randn(3, channels, device=device) / channels**0.5, torch.randn(3, device=device)]
+    tensors = [activations(shape, dtype, device), torch.randn(batch, channels, device=device), *weights]
+    work = flops(2 * 3 * math.prod(shape))
+    return Case(ops.modulated_to_rgb, tensors, 2, work, "fma", reads=(0, 1, 2))
+
+
+def upsample_blur(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    batch, channels, height, width = shape
+    x = activations((batch, 4 * channels, (height + 1) // 2, (width + 1) // 2), dtype, device)
+    function = partial(ops.upsample_blur, kernel_size=5)
+    return Case(function, [x], 1, flops(20 * math.prod(shape), backward=1), "fma")
+
+
+def geglu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    tensors = [activations(shape, dtype, device) for _ in range(2)]
+    return Case(ops.geglu, tensors, 2, flops(15 * math.prod(shape), 2), "fma", reads=(0, 1))
+
+
+OPERATIONS = {
+    "modulated_mlp": Operation(_MODULATED_MLP, modulated_mlp),
+    "depthwise_conv2d": Operation(_DEPTHWISE, depthwise_conv2d),
+    "group_norm": Operation(_GROUP_NORM, group_norm),
+    "upsample_blur": Operation(_UPSAMPLE_BLUR, upsample_blur),
+    "modulated_to_rgb": Operation(_MODULATED_TO_RGB, modulated_to_rgb),
+    "geglu": Operation(_GEGLU, geglu, TOKENS),
+}

@@ -1,0 +1,126 @@
+"""The tables of docs/performance.md from the JSON that kernels.py and throughput.py write.
+
+    python benchmarks/tables.py FOLDER     puts the results in FOLDER between their markers in the document
+
+NAME.json goes between `<!-- NAME -->` and `<!-- end -->`, for the names that begin with kernels or
+throughput. gpu_suite.py writes the same tables to tables.md in its output folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+PASSES = {"forward": "forward", "inputs": "gradients of inputs", "backward": "all gradients"}
+WHERE = ("date", "device", "torch", "triton", "threads")
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        raise SystemExit(
+            "usage: python benchmarks/tables.py FOLDER, a folder with kernels-*.json or throughput-*.json"
+        )
+    document = DOCUMENT.read_text(encoding="utf-8")
+    for name, table in tables(Path(sys.argv[1])).items():
+        document = replace_table(document, name, table)
+        print(f"{DOCUMENT}: {name}")
+    DOCUMENT.write_text(document, encoding="utf-8")
+
+
+def render_folder(folder: Path) -> str:
+    """All tables of a folder's results, each between its markers."""
+    return "\n".join(f"<!-- {name} -->\n{table}<!-- end -->\n" for name, table in tables(folder).items())
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """File name without .json -> Markdown."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name.startswith("kernels"):
+            found[path.stem] = kernels_table(json.loads(path.read_text(encoding="utf-8")))
+        elif path.name.startswith("throughput"):
+            found[path.stem] = throughput_table(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def replace_table(document: str, name: str, table: str) -> str:
+    """The document with `table` between `<!-- name -->` and the next `<!-- end -->`; ValueError without them."""
+    pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(document):
+        raise ValueError(f"the document has no <!-- {name} --> with an <!-- end --> after it")
+    return pattern.sub(lambda match: match[1] + table + match[2], document, count=1)
+
+
+def kernels_table(result: dict[str, Any]) -> str:
+    """A row per operation, shape and implementation: ms, times faster than the reference, share of the floor."""
+    ops = list(dict.fromkeys(row["op"] for row in result["rows"]))
+    rows = []
+    for row in sorted(result["rows"], key=lambda row: ops.index(row["op"])):
+        shape = " x ".join(map(str, row["shape"]))
+        if "error" in row:
+            cells = [row["error"].replace("|", "/"), "", ""]
+        else:
+            cells = [_of_pass(row, part) for part in PASSES]
+        rows.append([row["op"], shape, row["implementation"], *cells])
+    head = ["operation", "shape", "by", *PASSES.values()]
+    note = "ms (times faster than the reference, share of the floor)"
+    return f"{_provenance(result)}; {result['dtype']}; {note}:\n\n{_markdown(head, rows)}"
+
+
+def throughput_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A row per task and size: images/s of each path, fused against the others, memory, share of the ceiling."""
+    if not rows:
+        return "Nothing was measured.\n"
+    routes = [r for r in ("reference", "compile", "fused", "graphs") if any(row["path"] == r for row in rows)]
+    by_task: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_task.setdefault((row["config"], row["name"]), {})[row["path"]] = row
+    lines = []
+    for (size, task), found in by_task.items():
+        rates = [f"{found[r]['images_per_second']:.3g}" if r in found else "" for r in routes]
+        memory = " / ".join(
+            f"{found[r]['peak_memory_bytes'] / 2**20:.0f}" if r in found else "-" for r in routes
+        )
+        fused = found.get("fused")
+        share = f"{fused['ceiling_share']:.1%}" if fused else ""
+        batches = "/".join(dict.fromkeys(str(row["batch"]) for row in found.values()))
+        ratios = [_faster(found, other) for other in ("reference", "compile")]
+        lines.append([f"{task}, {size}, batch {batches}", *rates, *ratios, memory, share])
+    head = ["images/s", *routes, "fused / reference", "fused / compile"]
+    head += [f"peak MiB ({' / '.join(routes)})", "fused, of the ceiling"]
+    return f"{_provenance(rows[0])}; {rows[0]['dtype']}:\n\n{_markdown(head, lines)}"
+
+
+def _of_pass(row: dict[str, Any], part: str) -> str:
+    faster = row.get(f"{part}_times_faster")
+    ratio = "" if faster is None else f"{faster:.2f}x, "
+    return f"{row[f'{part}_ms']:.3f} ({ratio}{row[f'{part}_share']:.0%})"
+
+
+def _faster(found: dict[str, dict[str, Any]], other: str) -> str:
+    if "fused" not in found or other not in found:
+        return ""
+    return f"{found['fused']['images_per_second'] / found[other]['images_per_second']:.2f}x"
+
+
+def _provenance(result: dict[str, Any]) -> str:
+    """Date, device, versions and measured rates."""
+    rates = result.get("ceilings", result)
+    parts = [f"{key} {result[key]}" for key in WHERE[2:] if result.get(key)]
+    parts += [f"copy {rates['copy_bytes_per_second'] / 1e12:.2f} TB/s"]
+    parts += [f"matrix product {rates['matrix_flops'] / 1e12:.3g} TFLOP/s"]
+    return ", ".join([result["date"], result.get("device_name") or result["device"], *parts])
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
