@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfmvae.ops import mlp_cpu
+from vfmvae.ops import mlp_cpu, mlp_triton
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 
 DEMODULATION_EPS = 1e-8
@@ -101,6 +101,14 @@ def _modulated_mlp_gemm(
     return residual + y.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
+def _modulated_mlp_triton(
+    residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor
+) -> Tensor:
+    return mlp_triton.modulated_mlp(
+        residual, x, style, demodulation(style, w1), w1, b1, w2 * gamma[:, None], b2 * gamma
+    )
+
+
 def _modulated_mlp_compiled(
     residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor
 ) -> Tensor:
@@ -153,6 +161,7 @@ _MODULATED_MLP = Op(
     modulated_mlp_reference,
     (
         Implementation("cpu", _modulated_mlp_compiled, mlp_cpu.why_not),
+        Implementation("triton", _modulated_mlp_triton, mlp_triton.why_not, mlp_triton.why_not_first),
         Implementation("gemm", _modulated_mlp_gemm, always),
     ),
 )
