@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfmvae.ops import mlp_cpu, mlp_triton
+from vfmvae.ops import mlp_cpu, mlp_triton, to_rgb_triton
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 
 DEMODULATION_EPS = 1e-8
@@ -130,6 +130,7 @@ def modulated_to_rgb(
 
     Returns:
         [B, 3, H, W] in float32 (float64 for float64 x): an image keeps more digits than 16-bit activations.
+        The Triton form can be differentiated once.
     """
     return _MODULATED_TO_RGB(fused, x, style, weight, bias)
 
@@ -166,5 +167,10 @@ _MODULATED_MLP = Op(
     ),
 )
 _MODULATED_TO_RGB = Op(
-    "modulated_to_rgb", modulated_to_rgb_reference, (Implementation("gemm", _modulated_to_rgb_gemm, always),)
+    "modulated_to_rgb",
+    modulated_to_rgb_reference,
+    (
+        Implementation("triton", to_rgb_triton.modulated_to_rgb, to_rgb_triton.why_not),
+        Implementation("gemm", _modulated_to_rgb_gemm, always),
+    ),
 )
