@@ -70,8 +70,8 @@ __device__ __forceinline__ void add_row(const T* row, const float (&taps)[K][K],
   }
 }
 
-// FAST promises whole spans, aligned pixels and no noise. STATISTICS chooses among the fast kernels; the general
-// one finds out at run time.
+// FAST promises whole spans, aligned pixels and no noise. STATISTICS chooses among the fast kernels; the
+// general one finds out at run time.
 template <typename T, int K, bool FAST, bool STATISTICS>
 __global__ void __launch_bounds__(kThreads, FAST ? 2 : 1)
     depthwise_conv_kernel(Tensors<T> tensors, DepthwiseSize size, bool flipped) {
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, FAST ? 2 : 1)
     for (int phase = 0; phase < kStages<K>; ++phase) {
       if (base + phase >= steps) break;
       wait_for_copies<kStages<K> - 2>();
-      __syncthreads();  // the row is there for all, and all are done with the row whose place the new one takes
+      __syncthreads();  // the row is there for all, and all are done with the one whose place is taken
       rows.next(staged_rows + (phase + kStages<K> - 1) % kStages<K> * kRow, size);
       commit_copies();
       add_row<K>(own_row + phase * kRow, taps, start, phase, sums);
