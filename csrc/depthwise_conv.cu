@@ -42,7 +42,7 @@ template <int K>
 __device__ __forceinline__ void load_taps(const float* weight, float* staged, int first_channel, int channels,
                                           bool flipped, float (&taps)[K][K]) {
   const int count = min(kChannels, channels - first_channel) * K * K;
-  for (int i = threadIdx.x; i < kChannels * K * K; i += blockDim.x) {
+  for (int i = threadIdx.x; i < kChannels * K * K; i += kThreads) {
     staged[i] = i < count ? weight[int64_t{first_channel} * K * K + i] : 0.0f;
   }
   __syncthreads();
@@ -64,7 +64,7 @@ __device__ __forceinline__ void add_row(const T* row, const float (&taps)[K][K],
       for (int j = 0; j < K; ++j) {
         const int column = c - j;
         if (column < 0 || column >= kSpan) continue;
-        float& sum = sums[(newest - i + K) % K][column];
+        float& sum = sums[(newest + K - i) % K][column];
         sum = value * taps[i][j] + (i == 0 && j == 0 ? start : sum);
       }
   }
@@ -72,23 +72,22 @@ __device__ __forceinline__ void add_row(const T* row, const float (&taps)[K][K],
 
 // FAST promises whole spans, aligned pixels and no noise; STATISTICS is for FAST alone, the others always ask.
 template <typename T, int K, bool FAST, bool STATISTICS>
-__global__ void __launch_bounds__(kChannels* kMostSpans, 2)
+__global__ void __launch_bounds__(kThreads, FAST ? 2 : 1)
     depthwise_conv_kernel(Tensors<T> tensors, DepthwiseSize size, bool flipped) {
-  constexpr int kRadius = K / 2;
+  constexpr int kRadius = K / 2, kColumns = kTileWidth + K - 1;  // of a row with its halo
+  constexpr int kRow = kColumns * kChannels;
   float* staged_taps = reinterpret_cast<float*>(shared_memory());
   T* staged_rows = reinterpret_cast<T*>(staged_taps + kChannels * K * K);
-  const int columns = size.spans * kSpan + K - 1;  // of a staged row
 
   const int first_channel = blockIdx.x % size.groups * kChannels;
   const Tile tile = find_tile(size, blockIdx.x / size.groups);
   const int steps = tile.rows + K - 1;
-  RowReader<T, FAST> rows(tensors.x, size, tile, tile.first_row - kRadius,
-                          tile.first_row + tile.rows + kRadius, tile.first_column - kRadius,
-                          columns, first_channel);
-  const auto place = [&](int step) { return staged_rows + step % kStages * columns * kChannels; };
+  RowReader<T, kColumns, FAST> rows(tensors.x, size, tile, tile.first_row - kRadius,
+                                       tile.first_row + tile.rows + kRadius, tile.first_column - kRadius,
+                                       first_channel);
 #pragma unroll 1
-  for (int step = 0; step < kStages - 1; ++step) {
-    rows.next(place(step), size);
+  for (int step = 0; step < kStages<K> - 1; ++step) {
+    rows.next(staged_rows + step * kRow, size);
     commit_copies();
   }
 
@@ -104,19 +103,19 @@ __global__ void __launch_bounds__(kChannels* kMostSpans, 2)
   T* out = tensors.out + (tile.image * pixels + first_pixel) * size.channels + channel;
   Moments moments;
 
+  const T* own_row = staged_rows + span * (kSpan * kChannels) + lane;
   float sums[K][kSpan];
 #pragma unroll 1
-  for (int base = 0; base < steps; base += K) {
+  for (int base = 0; base < steps; base += kStages<K>) {
 #pragma unroll
-    for (int phase = 0; phase < K; ++phase) {
-      const int step = base + phase;
-      if (step >= steps) break;
-      wait_for_copies<kStages - 2>();
+    for (int phase = 0; phase < kStages<K>; ++phase) {
+      if (base + phase >= steps) break;
+      wait_for_copies<kStages<K> - 2>();
       __syncthreads();  // the row is there for all, and all are done with the one before it,
-      rows.next(place(step + kStages - 1), size);  // whose place the new one takes
+      rows.next(staged_rows + (phase + kStages<K> - 1) % kStages<K> * kRow, size);  // whose place this one takes
       commit_copies();
-      add_row<K>(place(step) + span * (kSpan * kChannels) + lane, taps, start, phase, sums);
-      if (step < K - 1) continue;  // the oldest row belongs to the strip above
+      add_row<K>(own_row + phase * kRow, taps, start, phase, sums);
+      if (base == 0 && phase < K - 1) continue;  // the oldest row belongs to the strip above
 
       const float(&done)[kSpan] = sums[(phase + 1) % K];
       const bool first = phase == K - 1 && base == 0;
@@ -135,7 +134,7 @@ __global__ void __launch_bounds__(kChannels* kMostSpans, 2)
           if (c >= valid) break;
           float value = done[c];
           if (tensors.noise != nullptr) {
-            value += tensors.noise[first_pixel + int64_t{step - (K - 1)} * size.width + c];
+            value += tensors.noise[first_pixel + int64_t{base + phase - (K - 1)} * size.width + c];
           }
           const T rounded = from_float<T>(value);
           out[static_cast<unsigned>(c * size.channels)] = rounded;
@@ -161,10 +160,9 @@ __global__ void __launch_bounds__(kChannels* kMostSpans, 2)
 
 template <typename T, int K>
 void choose_kernel(const Tensors<T>& tensors, const DepthwiseSize& size, bool flipped, uintptr_t stream) {
-  const int columns = size.spans * kSpan + K - 1;
-  const size_t shared = kChannels * (K * K * sizeof(float) + kStages * columns * sizeof(T));
+  const size_t shared = kChannels * (K * K * sizeof(float) + kStages<K> * (kTileWidth + K - 1) * sizeof(T));
   const auto run = [&](auto kernel) {
-    launch_with_shared(kernel, dim3(static_cast<unsigned>(count_blocks(size))), dim3(kChannels * size.spans),
+    launch_with_shared(kernel, dim3(static_cast<unsigned>(count_blocks(size))), dim3(kThreads),
                        shared, stream, tensors, size, flipped);
   };
   const bool fast = size.aligned && size.width % kSpan == 0 && tensors.noise == nullptr;

@@ -1,7 +1,7 @@
 // What the kernels of depthwise_conv.cu and depthwise_conv_gradient.cu share: the division of the work, and
 // rows of the image staged in shared memory.
 //
-// A block has kChannels channels of a tile: a strip of rows, up to kMostSpans spans of kSpan columns wide.
+// A block has kChannels channels of a tile: a strip of rows, kSpans spans of kSpan columns wide.
 // A thread owns one channel of one span and walks down the rows, so that its k x k weights (or their sums)
 // stay in registers. A row of the tile with its halo arrives by 16-byte asynchronous copies, some rows ahead
 // of its use, and is converted to float once per thread: for k = 7 a row costs 196 multiply-adds and
@@ -20,14 +20,19 @@ namespace vfmvae {
 
 constexpr int kChannels = 64;  // of a block: the 128 bytes of a cache line in bfloat16
 constexpr int kSpan = 4;
-constexpr int kMostSpans = 4;
-constexpr int kStages = 4;  // rows in shared memory
+constexpr int kSpans = 4;
+constexpr int kThreads = kChannels * kSpans;
+constexpr int kTileWidth = kSpan * kSpans;
+
+// Rows in shared memory: one for each step of the unrolled loop, so that their places are constants in it. A
+// multiple of K, the length of the rings.
+template <int K>
+constexpr int kStages = K == 3 ? 6 : K;
 
 struct DepthwiseSize {
   int64_t batch;
   int height, width, channels;
   int strip_rows;                  // of a tile
-  int spans;                       // of a tile
   int groups, tiles_x, tiles_y;    // kChannels channels, tiles of an image
   bool aligned;                    // whether pixels can be read in pieces of 16 bytes
 };
@@ -40,7 +45,7 @@ struct Tile {
 
 __device__ __forceinline__ Tile find_tile(const DepthwiseSize& size, int64_t number) {
   Tile tile;
-  tile.first_column = static_cast<int>(number % size.tiles_x) * (size.spans * kSpan);
+  tile.first_column = static_cast<int>(number % size.tiles_x) * kTileWidth;
   number /= size.tiles_x;
   tile.strip = static_cast<int>(number % size.tiles_y);
   tile.first_row = tile.strip * size.strip_rows;
@@ -49,55 +54,57 @@ __device__ __forceinline__ Tile find_tile(const DepthwiseSize& size, int64_t num
   return tile;
 }
 
-// Brings rows of a tile to shared memory, [columns][kChannels], one after the other from `first_row` on. Zeros
+// Brings rows of a tile to shared memory, [COLUMNS][kChannels], one after the other from `first_row` on. Zeros
 // stand for what lies outside of the image and for rows from `end_row` on. ALIGNED promises size.aligned.
-template <typename T, bool ALIGNED>
+template <typename T, int COLUMNS, bool ALIGNED>
 class RowReader {
  public:
   __device__ __forceinline__ RowReader(const T* x, const DepthwiseSize& size, const Tile& tile, int first_row,
-                                       int end_row, int first_column, int columns, int first_channel)
-      : row_(first_row), end_row_(min(end_row, size.height)), columns_(columns), first_column_(first_column) {
-    const int piece = ALIGNED || size.aligned ? kVectorBytes / static_cast<int>(sizeof(T)) : 1;
-    const int part = threadIdx.x % (kChannels / piece) * piece;
-    stride_ = blockDim.x / (kChannels / piece);
-    column_ = threadIdx.x / (kChannels / piece);
-    has_channel_ = first_channel + part < size.channels;
-    target_ = column_ * kChannels + part;
-    source_ = x + ((tile.image * size.height + first_row) * size.width + first_column + column_) * size.channels +
-              first_channel + part;  // may lie outside of the image, and is not read then
+                                       int end_row, int first_column, int first_channel)
+      : row_(first_row), end_row_(min(end_row, size.height)), row_elements_(size.width * size.channels) {
+    const int piece = ALIGNED || size.aligned ? kElements : 1;
+    const int channel = threadIdx.x % (kChannels / piece) * piece;
+    own_ = threadIdx.x / (kChannels / piece);
+    target_ = own_ * kChannels + channel;
+    const bool has_channel = first_channel + channel < size.channels;
+    end_column_ = has_channel ? size.width - first_column : 0;
+    first_column_ = has_channel ? -first_column : 1;
+    source_ = x + ((tile.image * size.height + first_row) * size.width + first_column + own_) * size.channels +
+              first_channel + channel;  // may lie outside of the image, and is not read then
   }
 
   // Begins to read the next row. The caller commits the copies.
   __device__ __forceinline__ void next(T* target, const DepthwiseSize& size) {
-    const bool inside = has_channel_ && 0 <= row_ && row_ < end_row_;
+    const bool inside = static_cast<unsigned>(row_) < static_cast<unsigned>(end_row_);
     if (ALIGNED || size.aligned) {
-      if (column_ < columns_) copy_async(target + target_, source_, inside && in_image(column_, size));
-#pragma unroll 1
-      for (int c = column_ + stride_; c < columns_; c += stride_) {
-        copy_async(target + target_ + (c - column_) * kChannels,
-                   source_ + int64_t{c - column_} * size.channels, inside && in_image(c, size));
+      constexpr int kStride = kThreads * kElements / kChannels;
+#pragma unroll
+      for (int c = 0; c < COLUMNS; c += kStride) {
+        if (c + kStride > COLUMNS && own_ + c >= COLUMNS) break;
+        copy_async(target + target_ + c * kChannels, source_ + static_cast<unsigned>(c * size.channels),
+                   inside && in_image(own_ + c));
       }
     } else {
 #pragma unroll 4
-      for (int c = column_; c < columns_; c += stride_) {
-        const int64_t offset = int64_t{c - column_} * size.channels;
-        target[target_ + (c - column_) * kChannels] =
-            inside && in_image(c, size) ? source_[offset] : from_float<T>(0.0f);
+      for (int c = 0; own_ + c < COLUMNS; c += kSpans) {
+        target[target_ + c * kChannels] =
+            inside && in_image(own_ + c) ? source_[int64_t{c} * size.channels] : from_float<T>(0.0f);
       }
     }
     ++row_;
-    source_ += int64_t{size.width} * size.channels;
+    source_ += row_elements_;
   }
 
  private:
-  __device__ __forceinline__ bool in_image(int column, const DepthwiseSize& size) const {
-    return static_cast<unsigned>(first_column_ + column) < static_cast<unsigned>(size.width);
-  }
+  static constexpr int kElements = kVectorBytes / static_cast<int>(sizeof(T));
+
+  __device__ __forceinline__ bool in_image(int c) const { return first_column_ <= c && c < end_column_; }
 
   const T* source_;
-  int row_, end_row_, columns_, first_column_;
-  int column_, stride_, target_;  // of this thread's first piece
-  bool has_channel_;
+  int row_, end_row_;
+  unsigned row_elements_;
+  int own_, target_;               // this thread's first column, and its place
+  int first_column_, end_column_;  // of those staged, the ones in the image: none without a channel
 };
 
 inline int64_t count_blocks(const DepthwiseSize& size) {  // one per tile and group of channels
@@ -123,9 +130,8 @@ inline DepthwiseSize check_depthwise(int64_t batch, int64_t height, int64_t widt
   size.width = static_cast<int>(width);
   size.channels = static_cast<int>(channels);
   size.strip_rows = std::min(strip_rows, size.height);
-  size.spans = std::min(kMostSpans, (size.width + kSpan - 1) / kSpan);
   size.groups = (size.channels + kChannels - 1) / kChannels;
-  size.tiles_x = (size.width + size.spans * kSpan - 1) / (size.spans * kSpan);
+  size.tiles_x = (size.width + kTileWidth - 1) / kTileWidth;
   size.tiles_y = (size.height + size.strip_rows - 1) / size.strip_rows;
   check(count_blocks(size) < (int64_t{1} << 31),
         "more than 2^31 blocks: fewer images or longer strips are needed");

@@ -17,8 +17,8 @@ __device__ __forceinline__ void add_row(const T* x, const T* grad, int newest, f
                                         float (&sums)[K][K], float& bias_sum) {
 #pragma unroll
   for (int c = 0; c < kSpan; ++c) {
-    grads[newest][c] = to_float(grad[c * kChannels]);
-    bias_sum += grads[newest][c];
+    grads[newest % K][c] = to_float(grad[c * kChannels]);
+    bias_sum += grads[newest % K][c];
   }
 #pragma unroll
   for (int c = 0; c < kSpan + K - 1; ++c) {
@@ -29,18 +29,18 @@ __device__ __forceinline__ void add_row(const T* x, const T* grad, int newest, f
       for (int j = 0; j < K; ++j) {
         const int column = c - j;
         if (column < 0 || column >= kSpan) continue;
-        sums[i][j] += value * grads[(newest - i + K) % K][column];
+        sums[i][j] += value * grads[(newest + K - i) % K][column];
       }
   }
 }
 
 // Adds up the sums of a block's spans, in order, in those of the first one. `staged` is [K*K + 1][kChannels].
 template <int K>
-__device__ __forceinline__ void add_spans(float* staged, int spans, float (&sums)[K][K], float& bias_sum) {
+__device__ __forceinline__ void add_spans(float* staged, float (&sums)[K][K], float& bias_sum) {
   const int span = threadIdx.x / kChannels;
   float* own = staged + threadIdx.x % kChannels;
 #pragma unroll 1
-  for (int other = 1; other < spans; ++other) {
+  for (int other = 1; other < kSpans; ++other) {
     __syncthreads();
     if (span == other) {
 #pragma unroll
@@ -58,15 +58,12 @@ __device__ __forceinline__ void add_spans(float* staged, int spans, float (&sums
 
 // Block b: channels of group b % groups, tiles p, p + parts, p + 2 * parts ... with p = b / groups.
 template <typename T, int K, bool ALIGNED>
-__global__ void __launch_bounds__(kChannels* kMostSpans, 2)
+__global__ void __launch_bounds__(kThreads, ALIGNED ? 2 : 1)
     depthwise_gradient_kernel(const T* __restrict__ x, const T* __restrict__ grad,
                               float* __restrict__ partials, DepthwiseSize size, int parts) {
-  constexpr int kRadius = K / 2;
-  const int grad_columns = size.spans * kSpan, x_columns = grad_columns + K - 1;
-  const int stage = (grad_columns + x_columns) * kChannels;  // elements
+  constexpr int kRadius = K / 2, kColumns = kTileWidth + K - 1;  // of a row of x with its halo
+  constexpr int kGradRow = kTileWidth * kChannels, kStage = kGradRow + kColumns * kChannels;
   T* staged = reinterpret_cast<T*>(shared_memory());
-  const auto x_place = [&](int step) { return staged + step % kStages * stage; };
-  const auto grad_place = [&](int step) { return x_place(step) + x_columns * kChannels; };
 
   const int first_channel = blockIdx.x % size.groups * kChannels, part = blockIdx.x / size.groups;
   const int span = threadIdx.x / kChannels, lane = threadIdx.x % kChannels;
@@ -77,37 +74,36 @@ __global__ void __launch_bounds__(kChannels* kMostSpans, 2)
   for (int64_t number = part; number < tiles; number += parts) {
     const Tile tile = find_tile(size, number);
     const int steps = tile.rows + K - 1, end_row = tile.first_row + tile.rows;
-    RowReader<T, ALIGNED> x_rows(x, size, tile, tile.first_row - kRadius, end_row + kRadius,
-                                 tile.first_column - kRadius, x_columns, first_channel);
-    RowReader<T, ALIGNED> grad_rows(grad, size, tile, tile.first_row, end_row, tile.first_column, grad_columns,
-                                    first_channel);
-    const auto begin = [&](int step) {
-      x_rows.next(x_place(step), size);
-      grad_rows.next(grad_place(step), size);
+    RowReader<T, kColumns, ALIGNED> x_rows(x, size, tile, tile.first_row - kRadius, end_row + kRadius,
+                                           tile.first_column - kRadius, first_channel);
+    RowReader<T, kTileWidth, ALIGNED> grad_rows(grad, size, tile, tile.first_row, end_row, tile.first_column,
+                                                first_channel);
+    const auto begin = [&](T* stage) {
+      grad_rows.next(stage, size);
+      x_rows.next(stage + kGradRow, size);
       commit_copies();
     };
     __syncthreads();  // all are done with the tile before
 #pragma unroll 1
-    for (int step = 0; step < kStages - 1; ++step) begin(step);
+    for (int step = 0; step < kStages<K> - 1; ++step) begin(staged + step * kStage);
 
     float grads[K][kSpan] = {};
 #pragma unroll 1
-    for (int base = 0; base < steps; base += K) {
+    for (int base = 0; base < steps; base += kStages<K>) {
 #pragma unroll
-      for (int phase = 0; phase < K; ++phase) {
-        const int step = base + phase;
-        if (step >= steps) break;
-        wait_for_copies<kStages - 2>();
+      for (int phase = 0; phase < kStages<K>; ++phase) {
+        if (base + phase >= steps) break;
+        wait_for_copies<kStages<K> - 2>();
         __syncthreads();  // the rows are there for all, and all are done with those before them,
-        begin(step + kStages - 1);  // whose place the new ones take
-        const int own = span * (kSpan * kChannels) + lane;
-        add_row<K>(x_place(step) + own, grad_place(step) + own, phase, grads, sums, bias_sum);
+        begin(staged + (phase + kStages<K> - 1) % kStages<K> * kStage);  // whose place the new ones take
+        const T* own = staged + phase * kStage + span * (kSpan * kChannels) + lane;
+        add_row<K>(own + kGradRow, own, phase, grads, sums, bias_sum);
       }
     }
     wait_for_copies<0>();  // of rows of zeros below the last one
   }
 
-  add_spans<K>(reinterpret_cast<float*>(shared_memory()), size.spans, sums, bias_sum);
+  add_spans<K>(reinterpret_cast<float*>(shared_memory()), sums, bias_sum);
   const int channel = first_channel + lane;
   if (span > 0 || channel >= size.channels) return;
   float* own = partials + int64_t{part} * (K * K + 1) * size.channels + channel;
@@ -116,14 +112,14 @@ __global__ void __launch_bounds__(kChannels* kMostSpans, 2)
   own[int64_t{K * K} * size.channels] = bias_sum;
 }
 
-constexpr int kColumns = 32, kRows = 16;  // of a block that adds up partial sums
+constexpr int kSums = 32, kRows = 16;  // of a block that adds up partial sums
 
 // out[n] = sum over p of partials[p, n].
-__global__ void __launch_bounds__(kColumns* kRows)
+__global__ void __launch_bounds__(kSums* kRows)
     add_parts_kernel(const float* __restrict__ partials, float* __restrict__ out, int64_t count, int parts) {
-  __shared__ float staged[kRows][kColumns];
-  const int column = threadIdx.x % kColumns, row = threadIdx.x / kColumns;
-  const int64_t own = int64_t{blockIdx.x} * kColumns + column;
+  __shared__ float staged[kRows][kSums];
+  const int column = threadIdx.x % kSums, row = threadIdx.x / kSums;
+  const int64_t own = int64_t{blockIdx.x} * kSums + column;
   float sum = 0.0f;
   if (own < count) {
 #pragma unroll 4
@@ -140,16 +136,15 @@ __global__ void __launch_bounds__(kColumns* kRows)
 template <typename T, int K>
 void launch_kernels(const T* x, const T* grad, float* partials, float* out, const DepthwiseSize& size, int parts,
                     uintptr_t stream) {
-  const int columns = 2 * size.spans * kSpan + K - 1;
-  const size_t rows = kChannels * kStages * columns * sizeof(T);
+  const size_t rows = kChannels * kStages<K> * (2 * kTileWidth + K - 1) * sizeof(T);
   const size_t sums = kChannels * (K * K + 1) * sizeof(float);
   const auto kernel =
       size.aligned ? depthwise_gradient_kernel<T, K, true> : depthwise_gradient_kernel<T, K, false>;
-  launch_with_shared(kernel, dim3(static_cast<unsigned>(parts * size.groups)), dim3(kChannels * size.spans),
+  launch_with_shared(kernel, dim3(static_cast<unsigned>(parts * size.groups)), dim3(kThreads),
                      std::max(rows, sums), stream, x, grad, partials, size, parts);
   const int64_t count = int64_t{K * K + 1} * size.channels;
-  launch(add_parts_kernel, dim3(static_cast<unsigned>((count + kColumns - 1) / kColumns)),
-         dim3(kColumns * kRows), stream, partials, out, count, parts);
+  launch(add_parts_kernel, dim3(static_cast<unsigned>((count + kSums - 1) / kSums)),
+         dim3(kSums * kRows), stream, partials, out, count, parts);
 }
 
 }  // namespace

@@ -19,7 +19,9 @@ from vfmvae.ops.gradients import weight_gradients_wanted
 from vfmvae.ops.operation import Autograd, operation
 
 COMPILED_KERNEL_SIZES = (3, 5, 7)
-CHANNELS_OF_BLOCK = 64  # csrc/depthwise_conv.cuh
+# csrc/depthwise_conv.cuh. By kernel size, how many blocks an H100's multiprocessor runs at a time.
+CHANNELS_OF_BLOCK, COLUMNS_OF_BLOCK, COLUMNS_OF_THREAD = 64, 16, 4
+MULTIPROCESSORS, RESIDENT_BLOCKS = 132, {3: 4, 5: 3, 7: 2}
 
 
 def depthwise_conv2d(
@@ -137,7 +139,7 @@ def _statistics_fake(
     batch, channels, height, width = x.shape
     # The number of tiles depends on all of the shape, so that torch.compile specialises on it.
     strips = -(-height // _strip_rows(*map(int, (*x.shape, weight.shape[-1]))))
-    tiles = strips * -(-width // 4)
+    tiles = strips * -(-width // COLUMNS_OF_THREAD)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     partials = x.new_empty((batch, tiles, 2, channels), dtype=torch.float32)
     return y, partials, x.new_empty((tiles,), dtype=torch.float32)
@@ -197,25 +199,22 @@ def _launch_depthwise(
     )
 
 
-def _blocks(batch: int, channels: int, width: int) -> tuple[int, int]:
-    """Blocks of the CUDA kernels per strip of rows, and how many a GPU of 132 multiprocessors runs at a time:
-    two on each of 4 spans of 4 columns, or more of fewer.
-    """
-    spans = min(4, -(-width // 4))
-    blocks = batch * -(-channels // CHANNELS_OF_BLOCK) * -(-width // (4 * spans))
-    return blocks, 2 * 132 * 4 // spans
+def _blocks(batch: int, channels: int, width: int) -> int:
+    """Blocks of the CUDA kernels per strip of rows."""
+    return batch * -(-channels // CHANNELS_OF_BLOCK) * -(-width // COLUMNS_OF_BLOCK)
 
 
 @functools.lru_cache(maxsize=1024)
 def _strip_rows(batch: int, channels: int, height: int, width: int, size: int) -> int:
-    """Rows that one block of the CUDA kernels walks down: few blocks leave the last wave of a GPU half empty,
-    many read and multiply more border rows twice. The same on every GPU, so that results are too.
+    """Rows that one block of the CUDA kernels walks down: with few blocks some multiprocessors have nothing
+    to do, with many more border rows are read and multiplied twice. No property of the GPU at hand enters,
+    so that results do not depend on it.
     """
-    blocks, slots = _blocks(batch, channels, width)
+    blocks = _blocks(batch, channels, width)
 
-    def cost(rows: int) -> tuple[int, int]:
-        waves = -(-blocks * -(-height // rows) // slots)
-        return waves * (rows + size - 1 + 4), -rows  # the 4: what it takes to start a block, in rows
+    def cost(rows: int) -> tuple[int, int]:  # what one multiprocessor does, in rows
+        own = -(-blocks * -(-height // rows) // MULTIPROCESSORS)
+        return max(own, RESIDENT_BLOCKS[size]) * (rows + size - 1 + 4), -rows  # 4: the start of a block
 
     return min({max(4, -(-height // strips)) for strips in range(1, height + 1)}, key=cost)
 
@@ -244,10 +243,9 @@ def _run_weight_gradient(x: Tensor, grad: Tensor, size: int) -> Tensor:
         native.extension().depthwise_weight_gradient_cpu(**arguments, threads=torch.get_num_threads())
         return out
     strip_rows = _strip_rows(batch, channels, height, width, size)
-    blocks, slots = _blocks(batch, channels, width)
     groups = -(-channels // CHANNELS_OF_BLOCK)
-    tiles = blocks // groups * -(-height // strip_rows)
-    parts = max(1, min(tiles, slots // groups))
+    tiles = _blocks(batch, channels, width) // groups * -(-height // strip_rows)
+    parts = max(1, min(tiles, MULTIPROCESSORS * 2 // groups))
     partials = x.new_empty((parts, size * size + 1, channels), dtype=torch.float32)
     native.extension().depthwise_weight_gradient_cuda(
         **arguments,
