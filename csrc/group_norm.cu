@@ -23,8 +23,8 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kGroupNormThreads, 3)
     group_norm_statistics_kernel(const T* __restrict__ x, float* __restrict__ partials,
                                  float* __restrict__ counts, GroupNormTiling tiling) {
-  __shared__ float row_means[kGroupNormThreads * V];  // [rows][columns * V]
-  __shared__ float row_squares[kGroupNormThreads * V];
+  alignas(16) __shared__ float row_means[kGroupNormThreads * V];  // [rows][columns * V]
+  alignas(16) __shared__ float row_squares[kGroupNormThreads * V];
   const int row = threadIdx.x / tiling.columns, column = threadIdx.x - row * tiling.columns;
   const int width = tiling.columns * V;
   const int first_channel = blockIdx.z * width;
@@ -75,11 +75,8 @@ __global__ void __launch_bounds__(kGroupNormThreads, 3)
         }
       }
     }
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      row_means[threadIdx.x * V + v] = mean[v];
-      row_squares[threadIdx.x * V + v] = squares[v];
-    }
+    store_run<(V > 1)>(row_means + threadIdx.x * V, mean);
+    store_run<(V > 1)>(row_squares + threadIdx.x * V, squares);
     __syncthreads();
 
     float* result = partials + (image * tiling.tiles + tile) * 2 * tiling.channels;

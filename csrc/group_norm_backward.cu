@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kGroupNormThreads, ACTIVATION == kNone ? 3 : 2
     group_norm_sums_kernel(const T* __restrict__ x, const T* __restrict__ grad,
                            const float* __restrict__ table, float* __restrict__ partials,
                            GroupNormTiling tiling) {
-  __shared__ float row_sums[kGroupNormThreads * V];  // [rows][columns * V]
-  __shared__ float row_products[kGroupNormThreads * V];
+  alignas(16) __shared__ float row_sums[kGroupNormThreads * V];  // [rows][columns * V]
+  alignas(16) __shared__ float row_products[kGroupNormThreads * V];
   const int row = threadIdx.x / tiling.columns, column = threadIdx.x - row * tiling.columns;
   const int width = tiling.columns * V;
   const int first_channel = blockIdx.z * width;
@@ -80,11 +80,8 @@ __global__ void __launch_bounds__(kGroupNormThreads, ACTIVATION == kNone ? 3 : 2
         add(load_vector<T, V>(x + at), load_vector<T, V>(grad + at));
       }
     }
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      row_sums[threadIdx.x * V + v] = sums[v];
-      row_products[threadIdx.x * V + v] = products[v];
-    }
+    store_run<(V > 1)>(row_sums + threadIdx.x * V, sums);
+    store_run<(V > 1)>(row_products + threadIdx.x * V, products);
     __syncthreads();
 
     float* result = partials + (image * tiling.tiles + tile) * 2 * tiling.channels;

@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
                                      T* __restrict__ out, GroupNormSmall size) {
   constexpr int V = kVector<T>;
   __shared__ double shared[kGroupNormThreads];
-  __shared__ float row_sums[kGroupNormThreads * V];  // [rows][columns * V]
-  __shared__ float row_products[kGroupNormThreads * V];
+  alignas(16) __shared__ float row_sums[kGroupNormThreads * V];  // [rows][columns * V]
+  alignas(16) __shared__ float row_products[kGroupNormThreads * V];
   const int64_t image = blockIdx.x / size.groups;
   const int group = blockIdx.x - static_cast<int>(image) * size.groups;
   const int row = threadIdx.x / size.columns, column = threadIdx.x - row * size.columns;
@@ -137,11 +137,8 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
       products[v] += g * centred;
     }
   }
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    row_sums[threadIdx.x * V + v] = sums[v];
-    row_products[threadIdx.x * V + v] = products[v];
-  }
+  store_run<true>(row_sums + threadIdx.x * V, sums);
+  store_run<true>(row_products + threadIdx.x * V, products);
   __syncthreads();
 
   double group_sum = 0.0, group_product = 0.0;
