@@ -67,8 +67,8 @@ def mlp_fwd(
     x: Tensor,
     demodulation: Tensor,
     first: Tensor,
-    first_bias: Tensor,
     second: Tensor,
+    first_bias: Tensor,
     second_bias: Tensor,
     out: Tensor,
 ) -> None:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from vfmvae.kernels.gelu import gelu_and_slope, gelu_form
 from vfmvae.kernels.modulated_mlp import blocks, padded
-from vfmvae.kernels.tuned import tile
+from vfmvae.kernels.tuned import MULTIPROCESSORS, tile
 
-PROGRAMS = 4 * 132
-"""Parts are made until there are about this many programs: four for each multiprocessor of an H100."""
+PROGRAMS = 4 * MULTIPROCESSORS
+"""Parts are made until there are about this many programs."""
 
 
 @triton.jit

@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vfmvae.kernels.tuned import MULTIPROCESSORS
+
 FWD_ELEMENTS = 8192  # of x per program: with 4 warps, 64 per thread, loaded 16 bytes at a time
 BWD_ELEMENTS = 2048  # per step of a loop that keeps three sums per element
-PROGRAMS = 8 * 132
+PROGRAMS = 8 * MULTIPROCESSORS
 """Parts of the backward are made until there are about this many programs."""
 
 

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+MULTIPROCESSORS = 132
+"""Of an H100 or H200: with fewer programs than that, tiles are made smaller."""
+
 
 class Tile(NamedTuple):
     """What one program holds: pixels x hidden numbers (or columns); `warps` at work, `stages` of loads."""
@@ -20,6 +23,8 @@ class Tile(NamedTuple):
     stages: int
 
 
+WIDE = 1 << 30
+
 MEASURED = "not yet measured: chosen by registers, shared memory and reads of the L2 cache, for an H100"
 """Card and date of TILES."""
 
@@ -28,10 +33,10 @@ TILES: dict[str, dict[int, Tile]] = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
     "input_grad": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
     "weight_grad": {64: Tile(64, 64, 4, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
-    "expand": {1 << 30: Tile(128, 256, 8, 3)},
-    "contract": {1 << 30: Tile(128, 256, 8, 3)},
-    "hidden_grad": {1 << 30: Tile(128, 128, 8, 3)},
-    "gemm_input_grad": {1 << 30: Tile(128, 256, 8, 3)},
+    "expand": {WIDE: Tile(128, 256, 8, 3)},
+    "contract": {WIDE: Tile(128, 256, 8, 3)},
+    "hidden_grad": {WIDE: Tile(128, 128, 8, 4)},
+    "wide_input_grad": {WIDE: Tile(128, 256, 8, 3)},
 }
 
 # What benchmarks/tune.py tries besides.

@@ -27,7 +27,10 @@ NAMES = ("output", "residual", "x", "style", "w1", "b1", "w2", "b2", "gamma")
 
 # One pixel, pixels that fill no tile, channels that fill no tile, more samples than one, several parts.
 SMALL = [(1, 8, 1, 1), (2, 16, 5, 7), (3, 24, 4, 3), (2, 40, 9, 16), (1, 16, 37, 41)]
-FULL = [(2, 128, 48, 48), (1, 256, 33, 31), (8, 128, 24, 24), (2, 96, 40, 40), (1, 64, 64, 65)]
+LARGE = [(2, 128, 48, 48), (1, 256, 33, 31), (8, 128, 24, 24), (2, 96, 40, 40), (1, 64, 64, 65)]
+# More channels than one kernel takes.
+WIDE_SMALL = [(2, 264, 3, 7), (3, 320, 9, 1)]
+WIDE_LARGE = [(2, 512, 33, 31), (3, 512, 8, 8), (1, 384, 20, 20)]
 
 
 @pytest.fixture(autouse=True)
@@ -89,14 +92,20 @@ def test_result_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, poison
     compare(shape, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("shape", WIDE_SMALL, ids=str)
+def test_many_channels(shape: tuple[int, ...], dtype: torch.dtype, poisoned_empty: None) -> None:
+    compare(shape, dtype, hidden=136)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="the interpreter takes minutes")
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("shape", FULL, ids=str)
+@pytest.mark.parametrize("shape", LARGE + WIDE_LARGE, ids=str)
 def test_larger_maps(shape: tuple[int, ...], dtype: torch.dtype, poisoned_empty: None) -> None:
     compare(shape, dtype)
 
 
-@pytest.mark.parametrize("hidden", [8, 17, 100])
+@pytest.mark.parametrize("hidden", [8, 24, 136])
 def test_any_number_of_hidden_units(hidden: int, poisoned_empty: None) -> None:
     compare((2, 16, 4, 5), torch.bfloat16, hidden)
 
@@ -114,8 +123,9 @@ def test_layouts_of_the_inputs_and_of_the_gradient_do_not_matter() -> None:
         assert torch.equal(one, two)
 
 
-def test_gradients_of_inputs_alone() -> None:
-    inputs = [t.requires_grad_() for t in mlp_inputs((2, 16, 5, 5), torch.bfloat16)]
+@pytest.mark.parametrize("channels", [16, 264])
+def test_gradients_of_inputs_alone(channels: int) -> None:
+    inputs = [t.requires_grad_() for t in mlp_inputs((2, channels, 5, 5), torch.bfloat16, 64)]
     y, weights = ops.modulated_mlp(*inputs, fused="triton"), inputs[3:7]
     expected = torch.autograd.grad(y.sum(), inputs[:3], retain_graph=True)
     with ops.input_gradients_only():
@@ -171,8 +181,9 @@ def test_an_empty_batch() -> None:
     assert all(not g.any() for g in torch.autograd.grad(y.sum(), inputs))
 
 
-def test_registered_operation() -> None:
-    residual, x, style, w1, b1, w2, b2, _ = mlp_inputs((2, 8, 3, 5), torch.bfloat16)
+@pytest.mark.parametrize("channels", [8, 264])
+def test_registered_operation(channels: int) -> None:
+    residual, x, style, w1, b1, w2, b2, _ = mlp_inputs((2, channels, 3, 5), torch.bfloat16, 32)
     arguments = (residual, x, style, torch.rand(2, 32, device=DEVICE), w1, b1, w2, b2)
     torch.library.opcheck(
         torch.ops.vfmvae.modulated_mlp_triton.default, tuple(t.requires_grad_() for t in arguments)

@@ -69,12 +69,55 @@ def test_kernels_compile_for_hopper_without_spills(name: str, channels: int) -> 
         assert resources.spilled == 0 and resources.shared <= SHARED_LIMIT, (size, resources)
 
 
+# Kernel -> descriptors by their blocks: of the long side of a product, of a weight, and of the result or
+# half of it.
+WIDE_KERNELS = {
+    "expand": ("_expand_kernel", {"scaled": "MK", "expand": "NK", "hidden": "MN"}),
+    "contract": ("_contract_kernel", {"residual": "MN", "hidden": "MK", "contract": "NK", "out": "MN"}),
+    "hidden_grad": (
+        "_hidden_grad_kernel",
+        {"grad": "MK", "scaled": "MK", "expand": "NK", "contract": "KN", "grad_z": "MH", "hidden": "MH"},
+    ),
+    "wide_input_grad": ("_input_grad_kernel", {"grad_z": "MK", "expand": "KN", "x": "MN", "grad_x": "MN"}),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_KERNELS)
+def test_kernels_for_many_channels_compile_for_hopper_without_spills(name: str) -> None:
+    pytest.importorskip("triton")
+    from vfmvae.kernels import modulated_mlp_wide
+    from vfmvae.kernels.tuned import CANDIDATES, WIDE, tile
+
+    kernel = getattr(modulated_mlp_wide, WIDE_KERNELS[name][0])
+    sizes = [tile(name, 512, 4096, torch.bfloat16)]
+    sizes += [tile(name, 512, 64, torch.bfloat16)._replace(hidden=64)]
+    sizes += CANDIDATES.get(name, {}).get(WIDE, ())
+    for size in dict.fromkeys(sizes):
+        resources = compile_wide(kernel, WIDE_KERNELS[name][1], size)
+        assert resources.spilled == 0 and resources.shared <= SHARED_LIMIT, (size, resources)
+
+
+def compile_wide(kernel: Any, descriptors: dict[str, str], size: Any) -> Resources:
+    sides = {"M": f"1, {size.pixels}", "N": str(size.hidden), "H": str(size.hidden // 2), "K": "64"}
+    signature = {}
+    for name in kernel.arg_names:
+        if name.endswith("_desc"):
+            one, two = descriptors[name.removesuffix("_desc")]
+            signature[name] = f"tensordesc<bf16[{sides[one]}, {sides[two]}]>"
+        elif not name.isupper():
+            signature[name] = "*fp32" if name.endswith("_ptr") else "i32"
+    constants = {"C": 512, "E": 2048, "BM": size.pixels, "BN": size.hidden, "BK": 64}
+    constants |= {"GELU": "tanh", "OF_WEIGHTS": True}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return compile_triton_for_hopper(kernel, signature, constants, size.warps, size.stages)
+
+
 def test_float32_is_taken_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the device would do."""
     monkeypatch.setattr(native, "why_no_triton", lambda x: None)
     implementations = {i.name: i.run for i in mlp._MODULATED_MLP.implementations}
     for dtype, first in ((torch.float32, "gemm"), (torch.bfloat16, "triton"), (torch.float16, "triton")):
-        arguments = [torch.ones(1, 8, 2, 2, dtype=dtype, device="meta")] * 2 + [torch.ones(1)] * 6
+        arguments = [torch.ones(1, 8, 2, 2, dtype=dtype, device="meta")] * 2 + [torch.ones(8)] * 6
         assert mlp._MODULATED_MLP.choose(True, *arguments) == implementations[first]
         assert mlp._MODULATED_MLP.choose("triton", *arguments) == implementations["triton"]
 
@@ -82,7 +125,7 @@ def test_float32_is_taken_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_it_refuses_is_said() -> None:
     def refusal(x: torch.Tensor) -> str:
         with pytest.raises(ValueError) as error:
-            mlp._MODULATED_MLP.choose("triton", x, x, *[torch.ones(1)] * 6)
+            mlp._MODULATED_MLP.choose("triton", x, x, *[torch.ones(8)] * 6)
         return str(error.value)
 
     assert "not torch.float64" in refusal(torch.ones(1, 8, 2, 2, dtype=torch.float64))

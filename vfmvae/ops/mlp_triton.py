@@ -29,8 +29,9 @@ def why_not(residual: Tensor, x: Tensor, style: Tensor, expand: Tensor, *_: Tens
     if x.dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, not {x.dtype}"
     multiple = ROW_BYTES // x.element_size()
-    if x.shape[1] % multiple:
-        return f"it takes multiples of {multiple} channels of {x.dtype}, not {x.shape[1]}"
+    for what, count in (("channels", x.shape[1]), ("hidden units", expand.shape[0])):
+        if count % multiple:
+            return f"it takes multiples of {multiple} {what} of {x.dtype}, not {count}"
     return native.why_no_triton(x)
 
 
@@ -63,21 +64,20 @@ def _run(
     contract: Tensor,
     contract_bias: Tensor,
 ) -> Tensor:
-    from vfmvae.kernels.modulated_mlp import mlp_fwd
+    from vfmvae.kernels.modulated_mlp import MOST_CHANNELS, mlp_fwd
+    from vfmvae.kernels.modulated_mlp_wide import wide_fwd
 
     out = torch.empty_like(x, memory_format=torch.channels_last)
     if x.numel() == 0:
         return out
-    mlp_fwd(
-        _pixels(residual),
-        _pixels(x),
-        _plain(demodulation),
-        _modulated(expand, style, x.dtype),
-        _plain(expand_bias),
-        contract.t().to(x.dtype).contiguous(),
-        _plain(contract_bias),
-        _pixels(out),
-    )
+    dtype, residual, x = x.dtype, _pixels(residual), _pixels(x)
+    biases = _plain(expand_bias), _plain(contract_bias)
+    if x.shape[2] > MOST_CHANNELS:
+        scaled, weights = _modulated(x, style, dtype), (_dense(expand, dtype), _dense(contract, dtype))
+        wide_fwd(residual, scaled, _plain(demodulation), *weights, *biases, _pixels(out))
+    else:
+        weights = _modulated(expand, style, dtype), _dense(contract.t(), dtype)
+        mlp_fwd(residual, x, _plain(demodulation), *weights, *biases, _pixels(out))
     return out
 
 
@@ -109,22 +109,73 @@ def _run_backward(
     contract: Tensor,
     of_weights: bool,
 ) -> list[Tensor]:
-    from vfmvae.kernels.modulated_mlp_backward import mlp_input_grad, mlp_weight_grad
+    from vfmvae.kernels.modulated_mlp import MOST_CHANNELS
 
     if x.numel() == 0:
         found = _backward_fake(grad, x, style, demodulation, expand, expand_bias, contract, of_weights)
         return [t.zero_() for t in found]
     of_x = torch.empty_like(x, memory_format=torch.channels_last)
     grad, x = _pixels(grad.to(x.dtype)), _pixels(x)
-    style, demodulation, expand, expand_bias = map(_plain, (style, demodulation, expand, expand_bias))
-    first = _modulated(expand, style, x.dtype)
-    second = contract.t().to(x.dtype).contiguous()
-    of_contract_bias = mlp_input_grad(grad, x, demodulation, first, expand_bias, second, _pixels(of_x))
+    weights = _plain(style), _plain(demodulation), _plain(expand), _plain(expand_bias), contract
+    run = _wide_gradients if x.shape[2] > MOST_CHANNELS else _gradients
+    return [of_x, *run(grad, x, *weights, of_weights, _pixels(of_x))]
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    style: Tensor,
+    demodulation: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    contract: Tensor,
+    of_weights: bool,
+    of_x: Tensor,
+) -> list[Tensor]:
+    """Fills of_x; returns the other gradients."""
+    from vfmvae.kernels.modulated_mlp_backward import mlp_input_grad, mlp_weight_grad
+
+    first, second = _modulated(expand, style, x.dtype), _dense(contract.t(), x.dtype)
+    of_contract_bias = mlp_input_grad(grad, x, demodulation, first, expand_bias, second, of_x)
     found = mlp_weight_grad(grad, x, style, demodulation, expand, first, expand_bias, second, of_weights)
     if found.first is None or found.first_bias is None or found.second is None:
-        return [of_x, found.style, found.demodulation]
+        return [found.style, found.demodulation]
     weights = [found.first, found.first_bias, found.second.t().contiguous(), of_contract_bias]
-    return [of_x, found.style, found.demodulation, *weights]
+    return [found.style, found.demodulation, *weights]
+
+
+def _wide_gradients(
+    grad: Tensor,
+    x: Tensor,
+    style: Tensor,
+    demodulation: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    contract: Tensor,
+    of_weights: bool,
+    of_x: Tensor,
+) -> list[Tensor]:
+    """The same for more channels."""
+    from vfmvae.kernels.modulated_mlp_wide import hidden_grad, input_grad
+
+    scaled, first = _modulated(x, style, x.dtype), _dense(expand, x.dtype)
+    grad_z, hidden, of_demodulation, of_expand_bias = hidden_grad(
+        grad, scaled, demodulation, first, expand_bias, _dense(contract, x.dtype), of_weights
+    )
+    of_style = input_grad(grad_z, first, x, style, of_x)
+    if hidden is None:
+        return [of_style, of_demodulation]
+    of_expand, of_contract = _sum_of_products(grad_z, scaled), _sum_of_products(grad, hidden)
+    of_contract_bias = grad.sum((0, 1), dtype=torch.float32)
+    return [of_style, of_demodulation, of_expand, of_expand_bias, of_contract, of_contract_bias]
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """a [B, P, M] and b [B, P, N] -> the sum of a b^T over samples and pixels, [M, N] in float32."""
+    a, b = a.flatten(0, 1).t(), b.flatten(0, 1)
+    if a.dtype != torch.float32 and a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -153,10 +204,14 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.float().contiguous()
 
 
-def _modulated(expand: Tensor, style: Tensor, dtype: torch.dtype) -> Tensor:
-    """expand [E, C] with its inputs scaled by style [B, C]: [B, E, C] in dtype, rounded once."""
-    out = torch.empty(len(style), *expand.shape, dtype=dtype, device=style.device)
-    return torch.mul(expand.float(), style.float()[:, None, :], out=out)
+def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype).contiguous()
+
+
+def _modulated(tensor: Tensor, style: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor [(B,) N, C] times style [B, C]: [B, N, C] in dtype, rounded once, in one pass."""
+    out = torch.empty(len(style), *tensor.shape[-2:], dtype=dtype, device=style.device)
+    return torch.mul(tensor, style.float()[:, None, :], out=out)
 
 
 _DEVICES = ("cpu", "cuda")
