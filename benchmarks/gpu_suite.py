@@ -85,19 +85,20 @@ def parts(device: str, output: Path, architecture: str | None) -> list[Part]:
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or the next tensor hides a write past the end
     table = [
         Part("build", build, 150, environment=building),
-        Part("kernels", kernels, 120, environment={} if cuda else {"TRITON_INTERPRET": "1"}),
+        Part("kernels", kernels, 120, environment=ONE_THREAD | ({} if cuda else {"TRITON_INTERPRET": "1"})),
         Part("speed", speed, 90, correctness=False),
         Part("throughput", throughput, 150, correctness=False),
-        Part("engine", engine, 60),
+        Part("engine", engine, 60, environment=ONE_THREAD),
         Part("memcheck", sanitizer("memcheck"), 60, environment=uncached),
         Part("racecheck", sanitizer("racecheck"), 60, environment=uncached),
-        Part("graphs", graphs, 120),
+        Part("graphs", graphs, 120, environment=ONE_THREAD),
         Part("compile", compared, 120, correctness=False),
-        Part("operations", others, 120),
+        Part("operations", others, 120, environment=ONE_THREAD),
     ]
     return table if cuda else [part for part in table if part.name not in NEED_A_GPU]
 
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # several test processes share the CPU
 NEED_A_GPU = ("memcheck", "racecheck", "graphs", "compile")
 GPU_TESTS = "(check_ or cuda or gpu) and not kernel_on_the_gpu and not compile_for_hopper"
 """pytest's -k: all of tests/kernels, and of the other files what names the device; what compiles for another
@@ -190,7 +191,6 @@ def run_all(chosen: Sequence[Part], output: Path, limit_s: float) -> Iterator[Re
 def run(part: Part, log: Path, limit_s: float) -> Result:
     """Runs one part; at the limit its whole process group is asked to end, then ended."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **part.environment}
-    environment.setdefault("OMP_NUM_THREADS", "1")
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as out:
         print("$", *part.command, file=out, flush=True)

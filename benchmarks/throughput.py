@@ -60,7 +60,7 @@ FLOPS: dict[Size, dict[Task, float]] = {
 }
 """Per image, a multiply-add as two: what `count_flops` finds."""
 BATCH: dict[str, dict[Size, int]] = {"cuda": {"full": 8, "demo": 64}, "cpu": {"full": 1, "demo": 8}}
-SLOW_S = 10.0
+SLOW_S = 4.0
 """A call that takes longer on a CPU is measured once, without a warm-up."""
 LEAST_S = 15.0
 """With less time left no path is begun."""
