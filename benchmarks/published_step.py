@@ -68,7 +68,8 @@ class PublishedStep:
         for adversary in job.playing:
             adversary.optimizer.zero_grad()
             adversary.game.prepare()
-            loss = adversary.game(images, fake, job.draws(0, DISCRIMINATOR), job.blur(), job.weights())
+            seen = adversary.game.look(fake, job.draws(0, GENERATOR), job.blur())
+            loss = adversary.game(images, seen, job.draws(0, DISCRIMINATOR), job.blur(), job.weights())
             loss.backward()
             adversary.optimizer.step()
             losses[f"discriminator_{adversary.name}"] = loss
@@ -86,8 +87,8 @@ class PublishedStep:
             parameter.requires_grad_(False)
         for adversary in job.playing:
             adversary.game.follow()
-            draws = job.draws(0, GENERATOR)
-            others |= adversary.game.generator_losses(decoded[0], images, draws, job.blur(), weights)
+            seen = adversary.game.look(decoded[0], job.draws(0, GENERATOR), job.blur())
+            others |= adversary.game.generator_losses(seen, images, job.blur(), weights)
         reconstruction, other = weighted_sum(of_images, weights), weighted_sum(others, weights)
         assert reconstruction is not None and other is not None
         ratio = adaptive_weight(reconstruction, alignment, job.tokenizer.last_fusion_weight)

@@ -78,5 +78,46 @@ PYBIND11_MODULE(_C, module) {
   module.def("upsample_blur_cuda", &vfmvae::upsample_blur_cuda, py::kw_only(), "x"_a, "residual"_a, "out"_a,
              "dtype"_a, "batch"_a, "height"_a, "width"_a, "channels"_a, "kernel_size"_a, "upscale"_a,
              "adjoint"_a, "device"_a, "stream"_a, no_gil);
+  module.def(
+      "depthwise_conv_cuda",
+      [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t noise, uintptr_t out, uintptr_t partials,
+         uintptr_t counts, const std::string& dtype, int64_t batch, int64_t height, int64_t width,
+         int64_t channels, int kernel_size, bool flipped, int strip_rows, int device, uintptr_t stream) {
+        vfmvae::depthwise_conv_cuda({x, weight, bias, noise, out, partials, counts}, dtype, batch, height,
+                                    width, channels, kernel_size, flipped, strip_rows, device, stream);
+      },
+      py::kw_only(), "x"_a, "weight"_a, "bias"_a, "noise"_a, "out"_a, "partials"_a, "counts"_a, "dtype"_a,
+      "batch"_a, "height"_a, "width"_a, "channels"_a, "kernel_size"_a, "flipped"_a, "strip_rows"_a,
+      "device"_a, "stream"_a, no_gil);
+  module.def("depthwise_weight_gradient_cuda", &vfmvae::depthwise_weight_gradient_cuda, py::kw_only(), "x"_a,
+             "grad"_a, "partials"_a, "out"_a, "dtype"_a, "batch"_a, "height"_a, "width"_a, "channels"_a,
+             "kernel_size"_a, "strip_rows"_a, "parts"_a, "device"_a, "stream"_a, no_gil);
+  module.def("group_norm_tiles", &vfmvae::group_norm_tiles, py::kw_only(), "batch"_a, "pixels"_a,
+             "channels"_a, no_gil);
+  module.def(
+      "group_norm_cuda",
+      [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t style, uintptr_t partials, uintptr_t counts,
+         uintptr_t table, uintptr_t out, const std::string& dtype, int64_t batch, int64_t pixels,
+         int64_t channels, int64_t groups, int64_t given_tiles, double eps, const std::string& activation,
+         int device, uintptr_t stream) {
+        vfmvae::group_norm_cuda({x, weight, bias, style, partials, counts, table, out}, dtype, batch, pixels,
+                                channels, groups, given_tiles, eps, activation, device, stream);
+      },
+      py::kw_only(), "x"_a, "weight"_a, "bias"_a, "style"_a, "partials"_a, "counts"_a, "table"_a, "out"_a,
+      "dtype"_a, "batch"_a, "pixels"_a, "channels"_a, "groups"_a, "given_tiles"_a, "eps"_a, "activation"_a,
+      "device"_a, "stream"_a, no_gil);
+  module.def(
+      "group_norm_backward_cuda",
+      [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t style, uintptr_t partials, uintptr_t table,
+         uintptr_t grad, uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t grad_style,
+         uintptr_t coefficients, const std::string& dtype, int64_t batch, int64_t pixels, int64_t channels,
+         int64_t groups, const std::string& activation, int device, uintptr_t stream) {
+        vfmvae::group_norm_backward_cuda({x, weight, bias, style, partials, 0, table, 0},
+                                         {grad, grad_x, grad_weight, grad_bias, grad_style, coefficients},
+                                         dtype, batch, pixels, channels, groups, activation, device, stream);
+      },
+      py::kw_only(), "x"_a, "weight"_a, "bias"_a, "style"_a, "partials"_a, "table"_a, "grad"_a, "grad_x"_a,
+      "grad_weight"_a, "grad_bias"_a, "grad_style"_a, "coefficients"_a, "dtype"_a, "batch"_a, "pixels"_a,
+      "channels"_a, "groups"_a, "activation"_a, "device"_a, "stream"_a, no_gil);
 #endif
 }

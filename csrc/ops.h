@@ -25,6 +25,27 @@ void upsample_blur_cuda(uintptr_t x, uintptr_t residual, uintptr_t out, const st
 void depthwise_weight_gradient_cpu(uintptr_t x, uintptr_t grad, uintptr_t out, const std::string& dtype,
                                    int64_t batch, int64_t height, int64_t width, int64_t channels,
                                    int kernel_size, int threads);
+// The same, with float16 too. `partials` is scratch memory, float32 [parts, k*k + 1, C]; the sums of part p are
+// over the tiles p, p + parts, ... An image is cut into strips of `strip_rows` rows.
+void depthwise_weight_gradient_cuda(uintptr_t x, uintptr_t grad, uintptr_t partials, uintptr_t out,
+                                    const std::string& dtype, int64_t batch, int64_t height, int64_t width,
+                                    int64_t channels, int kernel_size, int strip_rows, int parts, int device,
+                                    uintptr_t stream);
+
+// Addresses; 0 where there is none. x and out have the dtype of the op, the others are float32.
+struct DepthwiseTensors {
+  uintptr_t x, weight, bias, noise;  // [B, H, W, C], [C, k, k], [C] or 0, [H, W] or 0
+  uintptr_t out;
+  uintptr_t partials, counts;  // [B, tiles, 2, C], [tiles], or 0
+};
+
+// Depthwise convolution of odd size k (3, 5, 7), "same" zero padding, stride 1. `flipped` turns the weights by
+// half a circle: the input gradient from the output's. An image is cut into strips of `strip_rows` rows.
+// `partials` become, per channel of each tile of out, the mean and the sum of the squared deviations from it;
+// `counts` the pixels of each tile. tiles = ceil(H / strip_rows) * ceil(W / 4).
+void depthwise_conv_cuda(const DepthwiseTensors& tensors, const std::string& dtype, int64_t batch,
+                         int64_t height, int64_t width, int64_t channels, int kernel_size, bool flipped,
+                         int strip_rows, int device, uintptr_t stream);
 
 // Addresses of float32 tensors, E hidden channels.
 struct ModulatedMlpWeights {
@@ -63,6 +84,36 @@ void group_norm_cpu(const GroupNormTensors& tensors, const std::string& dtype, i
 void group_norm_backward_cpu(const GroupNormTensors& tensors, uintptr_t grad, uintptr_t grad_weight,
                              uintptr_t grad_bias, const std::string& dtype, int64_t batch, int64_t pixels,
                              int64_t channels, int64_t groups, const std::string& activation, int threads);
+
+// Addresses for CUDA. x and out have the dtype of the op, the others are float32; style may be 0.
+struct GroupNormCudaTensors {
+  uintptr_t x, weight, bias, style;  // [B, pixels, C], [C], [C], [B, C]
+  uintptr_t partials, counts;        // [B, tiles, 2, C], [tiles]: workspace, or statistics that are given
+  uintptr_t table;                   // [B, 5, C]: what the backward needs of the statistics
+  uintptr_t out;                     // [B, pixels, C]
+};
+
+// Tiles into which the CUDA form cuts a sample.
+int64_t group_norm_tiles(int64_t batch, int64_t pixels, int64_t channels);
+
+// out = activation(style * ((x - mean) * rstd * weight + bias)). With given_tiles > 0 the statistics are given:
+// partials [B, given_tiles, 2, C] holds the mean of each channel over a tile's pixels, and the sum of squared
+// deviations from it, and counts [given_tiles] how many pixels that are. With 0, and for small maps, they are computed from x.
+void group_norm_cuda(const GroupNormCudaTensors& tensors, const std::string& dtype, int64_t batch,
+                     int64_t pixels, int64_t channels, int64_t groups, int64_t given_tiles, double eps,
+                     const std::string& activation, int device, uintptr_t stream);
+
+// out (the gradient that comes in) and x have the dtype of the op, the others are float32.
+struct GroupNormCudaGradients {
+  uintptr_t out, x, weight, bias, style;  // weight and bias, or style, may be 0: not computed
+  uintptr_t coefficients;                 // [B, 4, C], workspace
+};
+
+// `tensors` as above with the table of the forward; partials [B, group_norm_tiles(...), 2, C] is a workspace,
+// counts and out are not used.
+void group_norm_backward_cuda(const GroupNormCudaTensors& tensors, const GroupNormCudaGradients& gradients,
+                              const std::string& dtype, int64_t batch, int64_t pixels, int64_t channels,
+                              int64_t groups, const std::string& activation, int device, uintptr_t stream);
 
 // Whether this processor multiplies matrices of bfloat16 faster than those of float32.
 bool cpu_multiplies_bfloat16();

@@ -77,6 +77,27 @@ def poisoned_memory() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def bfloat16_products_in_the_interpreter() -> Iterator[None]:
+    """Triton's interpreter keeps bfloat16 as 16-bit integers, and tl.dot multiplies those."""
+    import numpy as np
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain(self, widened(a), widened(b), *rest)
+
+    with mock.patch.object(InterpreterBuilder, "create_dot", create_dot):
+        yield
+
+
 class Resources(NamedTuple):
     """What one compiled kernel needs. Bytes, except for registers (per thread)."""
 
@@ -117,7 +138,8 @@ def compile_triton_for_hopper(
 
     Args:
         kernel: the function under triton.jit.
-        signature: argument name -> "*bf16", "i32", ...; pointers and sizes are taken as multiples of 16.
+        signature: argument name -> "*bf16", "i32", "tensordesc<bf16[64, 128]>", ...; pointers and sizes are
+            taken as multiples of 16.
         constants: the values of the tl.constexpr arguments.
     """
     import triton
@@ -127,7 +149,9 @@ def compile_triton_for_hopper(
     types = {**signature, **dict.fromkeys(constants, "constexpr")}
     types = {name: types[name] for name in kernel.arg_names}
     multiples_of_16 = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind != "constexpr"
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(types.values())
+        if kind != "constexpr" and not kind.startswith("tensordesc")
     }
     source = ASTSource(
         fn=kernel,

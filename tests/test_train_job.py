@@ -368,3 +368,9 @@ def test_a_step_on_a_gpu_does_not_synchronise() -> None:
         training_step(ready, batch, ready.weights())
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_optimizer_that_a_later_stage_cannot_have_is_refused_at_the_start() -> None:
+    later = stage(optimizer=OptimizerConfig(implementation="apex"))
+    with pytest.raises(ValueError, match="optimizer.implementation 'apex' cannot be used: "):
+        Job(tiny(stages=(stage(), later)))

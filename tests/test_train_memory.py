@@ -95,12 +95,13 @@ def test_a_discriminators_graph_is_the_real_one(r1: float) -> None:
     built, part = real(planned)
     (adversary,), image = built.adversaries, part.images
     with graph_of(adversary.game) as own:
-        loss = adversary.game(image, image.clone(), built.draws(0, DISCRIMINATOR), 0.0, built.weights())
+        draws = built.draws(0, DISCRIMINATOR)
+        seen = adversary.game.look(image.clone(), draws, 0.0)
+        loss = adversary.game(image, seen, draws, 0.0, built.weights())
     fake = image.clone().requires_grad_()
     with graph_of(adversary.game) as generator:
-        losses_ = adversary.game.generator_losses(
-            fake, image, built.draws(0, DISCRIMINATOR), 0.0, built.weights()
-        )
+        seen = adversary.game.look(fake, built.draws(0, DISCRIMINATOR), 0.0)
+        losses_ = adversary.game.generator_losses(seen, image, 0.0, built.weights())
     assert loss.requires_grad and losses_
     found = run._game_graph("projected", planned.stages[0])
     assert found == (EXACT(sum(own.values()), rel=0.02), EXACT(sum(generator.values()), rel=0.02))

@@ -14,7 +14,7 @@ from tests.tiny_runs import ALL_LOSSES, job, largest_difference, parameters, sta
 from vfmvae.images import to_unit
 from vfmvae.losses.alignment import adaptive_weight
 from vfmvae.train_job import Job
-from vfmvae.train_step import GENERATOR, TOKENIZER, Part, forward, generator_backward, training_step
+from vfmvae.train_step import GENERATOR, TOKENIZER, Part, begin, forward, generator_backward, training_step
 from vfmvae.training.adaptive import BALANCED_TERMS
 from vfmvae.training.adversary import ProjectedAdversary
 from vfmvae.training.engine import EngineConfig
@@ -39,9 +39,10 @@ def plain_gradients(built: Job, part: Part) -> dict[str, Tensor]:
     decoded, smaller = tokenizer.decode(output.latents, return_multiscale=True)
     images = [decoded, *smaller]
     of_images = image_losses(images, output.targets, weights, built.perceptual)
-    draws, adversarial = built.draws(0, GENERATOR), {}
+    adversarial = {}
     for adversary in built.playing:
-        adversarial |= adversary.game.generator_losses(decoded, output.targets, draws, 0.0, weights)
+        seen = adversary.game.look(decoded, built.draws(0, GENERATOR), 0.0)
+        adversarial |= adversary.game.generator_losses(seen, output.targets, 0.0, weights)
     reconstruction = sum(weights[name] * loss for name, loss in of_images.items())
     total = reconstruction
     if built.stage.losses.adaptive_adversarial:
@@ -76,8 +77,7 @@ def test_cut_gradients_are_those_of_the_whole_loss(losses: LossWeights) -> None:
     built = job(losses)
     part = first_part(built)
     expected = plain_gradients(built, part)
-    output = forward(built, part, built.weights(), TOKENIZER)
-    generator_backward(built, part, output, built.weights(), {})
+    generator_backward(built, part, begin(built, part, built.weights()), built.weights(), {})
     found = {n: p.grad for n, p in built.tokenizer.named_parameters() if p.requires_grad}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -90,8 +90,7 @@ def test_cut_gradients_are_those_of_the_whole_loss(losses: LossWeights) -> None:
 def test_discriminators_learn_from_their_own_loss_alone() -> None:
     built = job()
     part = first_part(built)
-    output = forward(built, part, built.weights(), TOKENIZER)
-    generator_backward(built, part, output, built.weights(), {})
+    generator_backward(built, part, begin(built, part, built.weights()), built.weights(), {})
     assert all(p.grad is None for a in built.adversaries for p in a.parameters)
 
 
@@ -107,13 +106,13 @@ def test_one_forward_gives_what_two_with_the_same_draws_give() -> None:
 
 def two_forwards(built: Job, batch: list[Tensor]) -> None:
     """The published order: a forward for the discriminators without a graph, then one for the tokenizer."""
-    from vfmvae.train_step import discriminator_images, discriminator_step, generator_step
+    from vfmvae.train_step import discriminator_step, discriminator_views, generator_step
 
     parts = [Part(to_unit(images), 0) for images in batch]
     weights = built.weights()
-    fakes = discriminator_images(built, parts, weights)
+    fakes, targets = discriminator_views(built, parts, weights)
     for adversary in built.playing:
-        discriminator_step(built, adversary, parts, fakes, weights)
+        discriminator_step(built, adversary, parts, fakes[adversary.name], targets, weights)
     generator_step(built, parts, weights, None)
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from vfmvae.config import TrainConfig
 from vfmvae.data import Request, load_batches, open_data
@@ -36,11 +32,13 @@ from vfmvae.training.guard import BufferGuard, StepGuard
 from vfmvae.training.optim import (
     OptimizerConfig,
     build_optimizer,
+    check_available,
     learning_rate,
     next_optimizer,
     set_learning_rate,
 )
 from vfmvae.training.rates import parameter_groups
+from vfmvae.training.reduction import reducing, replicated
 from vfmvae.training.regions import (
     begin_pass,
     compile_blocks,
@@ -87,6 +85,9 @@ class Job:
         self.plan = config.plan()
         self.device = run_device(config)
         self.part_size = config.images_at_once(world_size())
+        for stage in config.stages:
+            for optimizer in (stage.optimizer, stage.discriminator_optimizer):
+                check_available(optimizer, self.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if self.device.type == "cpu":
@@ -183,7 +184,7 @@ class Job:
             game.to(self.device)
             parameters = [p for p in game.parameters() if p.requires_grad]
             optimizer = build_optimizer(stages[0].discriminator_optimizer, parameters)
-            adversaries.append(Adversary(name, game, self._replicated(game), optimizer, self._guard()))
+            adversaries.append(Adversary(name, game, replicated(game, self.device), optimizer, self._guard()))
         return adversaries
 
     def _never_trained(self) -> tuple[str, ...]:
@@ -199,19 +200,6 @@ class Job:
 
     def _guard(self) -> StepGuard:
         return StepGuard(self.config.safety, self.device, scaled=self._dtype == torch.float16)
-
-    def _replicated(self, module: nn.Module) -> nn.Module:
-        """A module whose gradients are averaged over processes."""
-        if world_size() == 1:
-            return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        with warnings.catch_warnings():
-            # The option's new name is not known to older releases of torch.
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated")
-            # Buffers are functions of the weights, or averaged by `synchronise_statistics`.
-            return DistributedDataParallel(
-                module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
 
     def add_companion(
         self,
@@ -229,7 +217,7 @@ class Job:
         model.to(self.device)
         built = build_optimizer(optimizer, [p for p in model.parameters() if p.requires_grad])
         guard = StepGuard(self.config.safety, self.device, scaled=False)  # the tokenizer's scale is taken off
-        companion = Companion(name, self._replicated(model), weight, schedule, optimizer, built, guard)
+        companion = Companion(name, replicated(model, self.device), weight, schedule, optimizer, built, guard)
         self.companions.append(companion)
         self.state.modules[name] = model
         self.state.optimizers[name] = built
@@ -266,7 +254,7 @@ class Job:
         self.stage = stage
         self.state.numbers |= {"stage": number, "measured": []}
         if self.config.engine.parallel == "ddp":
-            self.model = self._replicated(self.forward)
+            self.model = replicated(self.forward, self.device)
 
     def _take_snapshot(self, stage: StageConfig) -> Snapshot:
         """The tokenizer's encoder side as it is now."""
@@ -353,48 +341,12 @@ class Job:
         return blur_sigma(self.plan.stage_images(self.place), self.stage.blur_sigma, self.stage.blur_images)
 
     @contextmanager
-    def _shards_waiting(self) -> Iterator[None]:
-        assert isinstance(self.forward, FSDPModule)
-        self.forward.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            self.forward.set_requires_gradient_sync(True)
-
-    def reducing(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a part: gradients are averaged over processes with the last one."""
-        if last or world_size() == 1:
-            return nullcontext()
-        if isinstance(model, DistributedDataParallel):
-            return model.no_sync()
-        return self._shards_waiting()
-
-    @contextmanager
     def reducing_tokenizer(self, last: bool) -> Iterator[None]:
         """`reducing` for the tokenizer and its companions."""
         with ExitStack() as entered:
             for model in (self.model, *(companion.model for companion in self.companions)):
-                entered.enter_context(self.reducing(model, last))
+                entered.enter_context(reducing(model, last))
             yield
-
-    def settle_unused(self) -> None:
-        """Tell DDP, which waits for every gradient, that no loss of this step reads some parameters.
-
-        Such are an encoder's head, and `align` while a schedule has the alignment loss off. DDP's own search
-        (find_unused_parameters) would join the graphs of the forward's results, which are cut apart here.
-        """
-        if isinstance(self.model, DistributedDataParallel):
-            unused = [p for p in self.trained if p.grad is None]
-            if unused:
-                torch.autograd.backward(unused, [torch.zeros_like(p) for p in unused])
-            for parameter in unused:
-                parameter.grad = None  # as without DDP: the optimizer passes it over
-
-    def reduce_unsharded(self) -> None:
-        """Average the gradients that neither DDP nor FSDP2 averages: those of what is not sharded."""
-        if world_size() > 1 and not isinstance(self.model, DistributedDataParallel):
-            gradients = [p.grad for p in self.trained if p.grad is not None]
-            mean_over_ranks(*[g for g in gradients if not isinstance(g, DTensor)])
 
     def is_adaptive(self, name: Balanced) -> bool:
         """Whether the present stage has the adaptive weight of this name."""

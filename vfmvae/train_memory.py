@@ -118,14 +118,19 @@ class MetaRun:
         forward = self._forward_graph(stage)
         games = [self._game_graph(name, stage) for name in self.games if _plays(name, stage)]
         # Its graph is there in the discriminators' steps only where they use the same forward.
-        beside = forward.kept if engine.share_forward and engine.accumulate == 1 else 0
+        shared = engine.share_forward and engine.accumulate == 1
+        beside = forward.kept if shared else 0
+        # Most of it leads through their backbones, and is there from the forward on.
+        looking = sum(graph.generator for graph in games)
         moments = [
             {"tokenizer": forward.kept + forward.again},
-            {"tokenizer": forward.kept, "discriminators": sum(graph.generator for graph in games)},
-            *({"tokenizer": beside, "discriminators": graph.own} for graph in games),
+            *({"tokenizer": beside, "discriminators": graph.own + looking * shared} for graph in games),
+            {
+                "tokenizer": forward.kept,
+                "discriminators": looking,
+                "perceptual network": self._perceptual_graph if stage.losses.perceptual else 0,
+            },
         ]
-        if stage.losses.perceptual:
-            moments.append({"tokenizer": forward.kept, "perceptual network": self._perceptual_graph})
         most = max(moments, key=lambda graphs: sum(graphs.values()))
         return StageMemory(fixed, {name: size for name, size in most.items() if size}), forward.output
 
@@ -193,9 +198,9 @@ class MetaRun:
     def _measured_game(self, name: str, weights: dict[str, float], sigma: float) -> GameGraph:
         game, (fake, real), draws = self.games[name], self._images(), StepDraws(0, 0, META, 0, 1, 1)
         with META, graph_of(game) as own:
-            game(real, fake.detach(), draws, sigma, weights)
+            game(real, game.look(fake.detach(), draws, sigma), draws, sigma, weights)
         with META, graph_of(game) as generator:
-            game.generator_losses(fake, real, draws, sigma, weights)
+            game.generator_losses(game.look(fake, draws, sigma), real, sigma, weights)
         return GameGraph(sum(own.values()), sum(generator.values()))
 
     def _images(self) -> tuple[Tensor, Tensor]:

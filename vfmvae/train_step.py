@@ -4,9 +4,9 @@
     discriminators learn from output, detached      discriminator_step
     tokenizer learns through the kept graph         generator_step
 
-The tokenizer's weights do not change in between, so its forward need not run again for the second part; only
-the random draws are shared (`engine.share_forward` restores independent ones). Nothing here waits for the
-device.
+The tokenizer's weights do not change in between, nor does a discriminator's frozen backbone, so what they
+compute need not be computed again for the second part; only the random draws are shared
+(`engine.share_forward` restores independent ones). Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vfmvae.training.adaptive import (
     deferred_adversarial,
     deferred_alignment,
 )
-from vfmvae.training.adversary import Adversary
+from vfmvae.training.adversary import TERMS_OF, Adversary
 from vfmvae.training.distributed import mean_over_ranks
 from vfmvae.training.forward import StepOutput
 from vfmvae.training.guard import StepGuard, guarded_update
@@ -44,8 +44,9 @@ from vfmvae.training.objective import (
     weighted_sum,
 )
 from vfmvae.training.optim import gradient_norm, scale_gradients
+from vfmvae.training.reduction import reduce_unsharded, reducing, settle_unused
 
-TOKENIZER, DISCRIMINATOR, GENERATOR, SECOND_FORWARD, COMPANION = range(5)
+TOKENIZER, DISCRIMINATOR, GENERATOR, SECOND_FORWARD, COMPANION, SECOND_LOOK = range(6)
 """Streams of random draws: users of one step that do not know how often the others draw."""
 
 
@@ -65,6 +66,14 @@ class Part(NamedTuple):
     parts: int = 1  # how many these are
 
 
+class Begun(NamedTuple):
+    """What the discriminators' update has computed that the tokenizer's can use."""
+
+    output: StepOutput
+    leaves: list[Tensor]  # the images, where the losses' graphs begin
+    looks: dict[str, list[Tensor]]  # what each discriminator looks at, by a graph from the leaves
+
+
 def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float]) -> StepResult:
     """One update of everything that trains.
 
@@ -81,22 +90,39 @@ def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float
         Part(to_unit(images), job.first_image(number), number, len(batch))
         for number, images in enumerate(batch)
     ]
-    shared = job.config.engine.share_forward and len(parts) == 1
     losses: dict[str, Tensor] = {}
     skipped: list[Tensor] = []
-    output = None
+    begun = None
     if job.playing:
-        if shared:
-            output = forward(job, parts[0], weights, TOKENIZER)
-            fakes = [(output.images[0].detach(), output.targets)]
+        if job.config.engine.share_forward and len(parts) == 1:
+            begun = begin(job, parts[0], weights)
+            targets = [begun.output.targets]
+            fakes = {name: [[x.detach() for x in look]] for name, look in begun.looks.items()}
         else:
-            fakes = discriminator_images(job, parts, weights)
+            fakes, targets = discriminator_views(job, parts, weights)
         for adversary in job.playing:
-            loss, skip = discriminator_step(job, adversary, parts, fakes, weights)
+            loss, skip = discriminator_step(job, adversary, parts, fakes[adversary.name], targets, weights)
             losses[f"discriminator_{adversary.name}"] = loss
             skipped.append(skip)
-    of_tokenizer, skip = generator_step(job, parts, weights, output)
+    of_tokenizer, skip = generator_step(job, parts, weights, begun)
     return StepResult({**of_tokenizer, **losses}, torch.stack([*skipped, skip]).amax())
+
+
+def begin(job: Job, part: Part, weights: Mapping[str, float]) -> Begun:
+    """The forward that both updates use."""
+    output = forward(job, part, weights, TOKENIZER)
+    leaves = cut(output.images)
+    return Begun(output, leaves, {a.name: look(job, a, leaves[0], part, weights) for a in job.playing})
+
+
+def look(
+    job: Job, adversary: Adversary, image: Tensor, part: Part, weights: Mapping[str, float]
+) -> list[Tensor]:
+    """What a discriminator looks at, of a reconstruction; without a graph where no term of this step asks."""
+    with torch.set_grad_enabled(
+        torch.is_grad_enabled() and any(term in weights for term in TERMS_OF[adversary.name])
+    ):
+        return adversary.game.look(image, job.draws(part.first, GENERATOR), job.blur())
 
 
 def forward(
@@ -117,33 +143,41 @@ def forward(
 
 
 @torch.no_grad()
-def discriminator_images(
+def discriminator_views(
     job: Job, parts: Sequence[Part], weights: Mapping[str, float]
-) -> list[tuple[Tensor, Tensor]]:
-    """Reconstructions and targets of every part from a forward of its own, without a graph.
+) -> tuple[dict[str, list[list[Tensor]]], list[Tensor]]:
+    """What each discriminator looks at of every part, and the targets, from a forward without a graph.
 
-    Its draws are those of the tokenizer's forward, unless that is not to be shared.
+    Its draws are those of the tokenizer's update, unless that is not to be shared.
     """
-    stream = TOKENIZER if job.config.engine.share_forward else SECOND_FORWARD
-    outputs = [forward(job, part, {}, stream, average=False) for part in parts]
-    return [(output.images[0], output.targets) for output in outputs]
+    shared = job.config.engine.share_forward
+    fakes: dict[str, list[list[Tensor]]] = {adversary.name: [] for adversary in job.playing}
+    targets = []
+    for part in parts:
+        output = forward(job, part, {}, TOKENIZER if shared else SECOND_FORWARD, average=False)
+        targets.append(output.targets)
+        for adversary in job.playing:
+            draws = job.draws(part.first, GENERATOR if shared else SECOND_LOOK)
+            fakes[adversary.name].append(adversary.game.look(output.images[0], draws, job.blur()))
+    return fakes, targets
 
 
 def discriminator_step(
     job: Job,
     adversary: Adversary,
     parts: Sequence[Part],
-    fakes: Sequence[tuple[Tensor, Tensor]],
+    fakes: Sequence[list[Tensor]],
+    targets: Sequence[Tensor],
     weights: Mapping[str, float],
 ) -> tuple[Tensor, Tensor]:
-    """One update of a discriminator from targets (real) and reconstructions (fake); returns its loss, and 1.0
-    if the update was skipped.
+    """One update of a discriminator from targets (real) and what it looks at of reconstructions (fake);
+    returns its loss, and 1.0 if the update was skipped.
     """
     adversary.optimizer.zero_grad(set_to_none=True)
     adversary.game.prepare()
     losses = []
-    for number, (part, (fake, real)) in enumerate(zip(parts, fakes, strict=True)):
-        with job.reducing(adversary.model, last=number == len(parts) - 1):
+    for number, (part, fake, real) in enumerate(zip(parts, fakes, targets, strict=True)):
+        with reducing(adversary.model, last=number == len(parts) - 1):
             loss = adversary.model(real, fake, job.draws(part.first, DISCRIMINATOR), job.blur(), weights)
             (loss * (adversary.guard.scale / len(parts))).backward()
         losses.append(loss.detach())
@@ -155,11 +189,11 @@ def discriminator_step(
 
 
 def generator_step(
-    job: Job, parts: Sequence[Part], weights: Mapping[str, float], output: StepOutput | None
+    job: Job, parts: Sequence[Part], weights: Mapping[str, float], begun: Begun | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One update of the tokenizer and its companions; returns its losses, and 1.0 if one was skipped.
 
-    `output`: the forward of the only part, where the discriminators used it already.
+    `begun`: the forward of the only part, where the discriminators used it already.
     """
     for adversary in job.playing:
         adversary.game.follow()
@@ -168,13 +202,13 @@ def generator_step(
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         with job.reducing_tokenizer(last):
-            result = forward(job, part, weights, TOKENIZER) if output is None else output
-            found.append(generator_backward(job, part, result, weights, deferred))
+            present = begin(job, part, weights) if begun is None else begun
+            found.append(generator_backward(job, part, present, weights, deferred))
             if last:
-                job.settle_unused()
+                settle_unused(job.model, job.trained)
     for name, kept in deferred.items():
         kept.add_to_gradients(job.factor(name, kept.gradients()))
-    job.reduce_unsharded()
+    reduce_unsharded(job.model, job.trained)
 
     losses = {name: torch.stack([f[name] for f in found]).mean() for name in found[0]}
     plain = {name: loss for name, loss in losses.items() if name in weights and name != "alignment"}
@@ -203,7 +237,7 @@ def generator_step(
 def generator_backward(
     job: Job,
     part: Part,
-    output: StepOutput,
+    begun: Begun,
     weights: Mapping[str, float],
     deferred: Mapping[Balanced, DeferredLoss],
 ) -> dict[str, Tensor]:
@@ -212,13 +246,14 @@ def generator_backward(
     `deferred`: losses whose weight depends on the other parts; their gradients are kept apart there.
     """
     scale = job.guard.scale / part.parts
-    leaves = cut(output.images)
+    output, leaves, looks = begun
     of_images = image_losses(leaves, output.targets, weights, job.perceptual)
     at_images = gradients_at(leaves, weighted_sum(of_images, weights), scale)
 
-    draws, adversarial = job.draws(part.first, GENERATOR), dict[str, Tensor]()
+    adversarial: dict[str, Tensor] = {}
     for adversary in job.playing:
-        adversarial |= adversary.game.generator_losses(leaves[0], output.targets, draws, job.blur(), weights)
+        seen = looks[adversary.name]
+        adversarial |= adversary.game.generator_losses(seen, output.targets, job.blur(), weights)
     at_image = None
     if adversarial:
         pair = leaves[0], at_images[0]

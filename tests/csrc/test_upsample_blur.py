@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.csrc.host import compile_for_host
 from tests.helpers import ROOT, assert_kernel_close, read_ptxas_report
 from vfmvae.ops.resample import upsample_blur_reference
 
@@ -32,15 +33,7 @@ GUARD = 64  # elements around every output that must stay as they are
 @pytest.fixture(scope="module")
 def host_kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tensor]:
     """The kernel, compiled by the host compiler: (x, kernel_size, upscale, residual, adjoint) -> out."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = Path(__file__).parent
-    library = tmp_path_factory.mktemp("csrc") / "upsample_blur.so"
-    includes = ("-I", str(folder / "shim"), "-I", str(ROOT / "csrc"))
-    source = str(folder / "upsample_blur_on_host.cpp")
-    flags = ("-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas")
-    subprocess.run([compiler, *flags, *includes, source, "-o", str(library)], check=True)
+    library = compile_for_host("upsample_blur_on_host.cpp", tmp_path_factory.mktemp("csrc"))
     run = ctypes.CDLL(str(library)).run
     run.restype = None
     integers = [ctypes.c_int64] * 4 + [ctypes.c_int] * 3

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vfmvae.discriminators.layers import LocalBatchNorm, SpectralConv1d, group_count
+from vfmvae.discriminators.layers import LocalBatchNorm, SpectralConv1d, group_count, iterate_together
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 10), (16, 6, 10), (12, 6, 4, 5)])
@@ -54,6 +54,18 @@ def test_the_applied_weight_has_norm_one(in_channels: int, out_channels: int, ke
         conv.iterate()
     largest = torch.linalg.matrix_norm(conv.weight.flatten(1), ord=2)
     torch.testing.assert_close(conv.normalised_weight(), conv.weight / largest, rtol=1e-6, atol=1e-9)
+
+
+def test_iterating_together_is_iterating_each() -> None:
+    shapes = [(12, 12, 1), (12, 8, 9), (12, 1, 1), (12, 8, 9), (12, 12, 1)]
+    together = nn.ModuleList(SpectralConv1d(*shape) for shape in shapes)
+    apart = copy.deepcopy(together)
+    for _ in range(2):
+        iterate_together(together)
+        for conv in apart:
+            conv.iterate()
+    for name, value in together.state_dict().items():
+        torch.testing.assert_close(value, apart.state_dict()[name], msg=name)
 
 
 def test_it_is_a_circular_convolution() -> None:

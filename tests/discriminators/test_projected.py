@@ -188,7 +188,7 @@ def test_eval_mode_writes_nothing_and_training_mode_iterates() -> None:
     by_hand.load_state_dict(before)
     by_hand.iterate_spectral_norms()
     for name, value in discriminator.state_dict().items():
-        assert torch.equal(value, by_hand.state_dict()[name]), name
+        torch.testing.assert_close(value, by_hand.state_dict()[name], msg=name)
 
 
 def train(discriminator: ProjectedDiscriminator, optimizer: torch.optim.Optimizer, steps: range) -> None:

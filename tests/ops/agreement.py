@@ -40,5 +40,6 @@ def _run(
 
 
 def _assert_close(x: Tensor, truth: Tensor, limit: float, what: str) -> None:
-    error = (x.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-12)
+    # Inputs are of size 1; a gradient that is zero (of a softmax over one key) has rounding of that size.
+    error = (x.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-2)
     assert error <= limit, f"{what}: relative error {error:.2e} above {limit:.0e}"

@@ -7,6 +7,18 @@ from torch import Tensor
 from tests.helpers import assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
+from vfmvae.ops.conv import depthwise_conv2d_reference, depthwise_conv2d_with_statistics
+
+COMPILED = [  # implementation, which is also the device's name, and dtype
+    ("cpu", torch.float32),
+    ("cpu", torch.bfloat16),
+    *(
+        ("cuda", dtype)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if torch.cuda.is_available()
+    ),
+]
+requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_depthwise_is_a_sum_over_the_window() -> None:
@@ -39,7 +51,7 @@ def test_depthwise_agrees(shape: tuple[int, ...], size: int) -> None:
 
 
 @requires_extension
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("device", "dtype"), COMPILED)
 @pytest.mark.parametrize("size", [3, 5, 7])
 @pytest.mark.parametrize(
     "shape",
@@ -49,26 +61,118 @@ def test_depthwise_agrees(shape: tuple[int, ...], size: int) -> None:
         (3, 33, 1, 1),  # the whole map is smaller than the window
         (2, 48, 2, 1),
         (5, 17, 20, 4),  # more rows than a band has
+        (2, 72, 33, 40),  # several tiles and groups of channels
+        (1, 128, 70, 64),
+        (8, 512, 8, 8),
     ],
     ids=str,
 )
-def test_compiled_depthwise_gradients(
-    shape: tuple[int, ...], size: int, dtype: torch.dtype, poisoned_empty: None
+def test_compiled_depthwise_and_its_gradients(
+    shape: tuple[int, ...], size: int, device: str, dtype: torch.dtype, poisoned_empty: None
 ) -> None:
     channels = shape[1]
-    x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    x, grad = torch.randn(2, *shape, device=device).to(dtype)
     weight, bias = torch.randn(channels, 1, size, size), torch.randn(channels)
+    noise = torch.randn(shape[2:])
+    parameters = [t.to(device) for t in (weight, bias, noise)]
 
     def run(fused: bool | str, wide: bool = False) -> list[Tensor]:
-        inputs = [t.double() if wide else t.clone() for t in (x, weight, bias)]
+        inputs = [t.double() if wide else t.clone() for t in (x, *parameters)]
         y = ops.depthwise_conv2d(*[t.requires_grad_() for t in inputs], fused=fused)
         return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(y.dtype))]
 
-    compiled, eager, truth = run("cpu"), run(False), run(False, wide=True)
-    for what, *results in zip(
-        ("output", "grad of x", "grad of weight", "grad of bias"), compiled, eager, truth, strict=True
-    ):
+    compiled, eager, truth = run(device), run(False), run(False, wide=True)
+    assert compiled[0].is_contiguous(memory_format=torch.channels_last)
+    names = ("output", "grad of x", "grad of weight", "grad of bias", "grad of noise")
+    for what, *results in zip(names, compiled, eager, truth, strict=True):
         assert_kernel_close(*results, what)
+
+
+@requires_extension
+@requires_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [3, 5, 7])
+@pytest.mark.parametrize("shape", [(8, 128, 256, 256), (1, 136, 131, 97), (8, 512, 32, 32)], ids=str)
+def test_depthwise_at_full_size(
+    shape: tuple[int, ...], size: int, dtype: torch.dtype, poisoned_empty: None
+) -> None:
+    x, grad = torch.randn(2, *shape, device="cuda").to(dtype)
+    weight = torch.randn(shape[1], 1, size, size, device="cuda", requires_grad=True)
+    bias = torch.randn(shape[1], device="cuda", requires_grad=True)
+
+    def run(fused: bool | str) -> list[Tensor]:
+        own = x.detach().requires_grad_()
+        y = ops.depthwise_conv2d(own, weight, bias, fused=fused)
+        return [y.detach(), *torch.autograd.grad(y, (own, weight, bias), grad)]
+
+    results = run("cuda")
+    # The truth channel by channel group, as float64 needs much memory.
+    for first in range(0, shape[1], 64):
+        part = slice(first, first + 64)
+        wide = [t.detach()[:, part].double().requires_grad_() for t in (x,)]
+        wide += [t.detach()[part].double().requires_grad_() for t in (weight, bias)]
+        y = depthwise_conv2d_reference(*wide, None)
+        truth = [y.detach(), *torch.autograd.grad(y, wide, grad[:, part].double())]
+        for i, (result, expected) in enumerate(zip(results, truth, strict=True)):
+            own = result[:, part] if i < 2 else result[part]
+            error = (own.double() - expected).norm() / expected.norm()
+            limit = 1e-5 if result.dtype == torch.float32 else 4e-3  # weight and bias stay float32
+            assert error <= limit, f"result {i}, channels from {first}: relative error {error:.2e}"
+    again = run("cuda")
+    assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True)), "not deterministic"
+
+
+@requires_extension
+@requires_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [3, 7])
+@pytest.mark.parametrize(
+    "shape", [(2, 16, 6, 9), (2, 72, 33, 40), (3, 5, 20, 4), (1, 128, 256, 256)], ids=str
+)
+def test_statistics_of_the_depthwise_output(
+    shape: tuple[int, ...], size: int, dtype: torch.dtype, poisoned_empty: None
+) -> None:
+    channels = shape[1]
+    x = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+    weight = torch.randn(channels, 1, size, size, device="cuda", requires_grad=True)
+    bias = torch.full((channels,), 50.0, device="cuda", requires_grad=True)  # far from the deviation
+    y, partials, counts = depthwise_conv2d_with_statistics(x, weight, bias)
+    plain = ops.depthwise_conv2d(x, weight, bias, fused="cuda")
+    assert torch.equal(y, plain) and not partials.requires_grad and not counts.requires_grad
+
+    assert counts.sum() == shape[2] * shape[3]
+    means, deviations = partials.double().unbind(2)
+    weights = counts.double()[:, None]
+    mean = (means * weights).sum(1) / weights.sum()
+    variance = (deviations + (means - mean[:, None]).square() * weights).sum(1) / weights.sum()
+    torch.testing.assert_close(mean, y.double().mean((2, 3)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(variance, y.double().var((2, 3), correction=0), rtol=1e-4, atol=1e-7)
+
+    grad = torch.randn_like(y)
+    inputs = (x, weight, bias)
+    pairs = zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(plain, inputs, grad), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@requires_extension
+@pytest.mark.parametrize(("device", "dtype"), COMPILED)
+@pytest.mark.parametrize("channels", [8, 5])
+def test_values_that_are_not_finite_spread(channels: int, device: str, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(1, channels, 9, 12, device=device), torch.randn(channels, 1, 5, 5, device=device)
+    x[0, 2, 4, 3], x[0, 3, 8, 11] = float("nan"), float("inf")
+    y, reference = (ops.depthwise_conv2d(x.to(dtype), weight, fused=fused) for fused in (device, False))
+    assert torch.equal(y.isnan(), reference.isnan()) and torch.equal(y.isinf(), reference.isinf())
+    assert not y.isfinite().all()
+
+
+@requires_extension
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_depthwise_of_an_empty_batch(device: str) -> None:
+    x = torch.empty(0, 8, 4, 4, device=device, requires_grad=True)
+    weight = torch.randn(8, 1, 3, 3, device=device, requires_grad=True)
+    y = ops.depthwise_conv2d(x, weight, fused=device)
+    of_x, of_weight = torch.autograd.grad(y.sum(), (x, weight))
+    assert y.shape == of_x.shape == x.shape and torch.equal(of_weight, torch.zeros_like(weight))
 
 
 @requires_extension
@@ -109,12 +213,20 @@ def test_a_frozen_weight_gets_no_gradient_and_the_input_does() -> None:
 
 
 @requires_extension
-def test_the_depthwise_gradient_is_an_operation_that_torch_knows() -> None:
-    x, grad = torch.randn(2, 2, 5, 6, 4).permute(0, 1, 4, 2, 3)
-    torch.library.opcheck(torch.ops.vfmvae.depthwise_weight_gradient.default, (x, grad, 3))
-    weight, bias = torch.randn(2, 1, 3, 3, requires_grad=True), torch.randn(2, requires_grad=True)
-    x = torch.randn(2, 2, 5, 6, requires_grad=True)
-    torch.library.opcheck(torch.ops.vfmvae.depthwise_conv2d.default, (x, weight, bias))
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_the_depthwise_operations_are_known_to_torch(device: str) -> None:
+    known = torch.ops.vfmvae
+    x, grad = torch.randn(2, 2, 5, 6, 4, device=device).permute(0, 1, 4, 2, 3)
+    torch.library.opcheck(known.depthwise_weight_gradient.default, (x, grad, 3))
+    weight = torch.randn(2, 1, 3, 3, device=device, requires_grad=True)
+    bias = torch.randn(2, device=device, requires_grad=True)
+    noise = torch.randn(5, 6, device=device, requires_grad=True)
+    x = torch.randn(2, 2, 5, 6, device=device, requires_grad=True)
+    torch.library.opcheck(known.depthwise_input_gradient.default, (x.detach(), weight.detach()))
+    torch.library.opcheck(known.depthwise_conv2d.default, (x, weight, bias, None))
+    torch.library.opcheck(known.depthwise_conv2d.default, (x, weight, None, noise))
+    if device == "cuda":
+        torch.library.opcheck(known.depthwise_conv2d_with_statistics.default, (x, weight, bias, noise))
 
 
 @requires_extension
@@ -143,6 +255,8 @@ def test_fused_results_stay_channels_last() -> None:
 
 def test_wrong_weights_are_named() -> None:
     x = torch.randn(1, 4, 4, 4)
+    with pytest.raises(ValueError, match=r"noise has shape \(1, 4\), needed is \[4, 4\]"):
+        ops.depthwise_conv2d(x, torch.randn(4, 1, 3, 3), noise=torch.randn(1, 4))
     with pytest.raises(ValueError, match=r"weight has shape \(4, 1, 2, 2\)"):
         ops.depthwise_conv2d(x, torch.randn(4, 1, 2, 2))
     with pytest.raises(ValueError, match=r"weight has shape \(3, 5\), needed is \[D, 4\]"):

@@ -10,6 +10,7 @@ from tests.helpers import RELATIVE_LIMITS, assert_kernel_close, requires_extensi
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
 from vfmvae.ops import mlp_cpu, native
+from vfmvae.ops.demodulation import demodulation
 
 
 def mlp_inputs(batch: int, channels: int, height: int, width: int) -> list[Tensor]:
@@ -39,6 +40,29 @@ def test_mlp_is_the_formula_at_every_pixel() -> None:
     torch.testing.assert_close(
         ops.modulated_mlp(residual, x, style, w1, b1, w2, b2, gamma, fused=False), expected
     )
+
+
+@pytest.mark.parametrize("of", ["style", "weight"])
+def test_demodulation_and_its_gradients(of: str) -> None:
+    style, weight = torch.randn(3, 5), torch.randn(7, 5)
+    style[1] = 0
+
+    def plain(style: Tensor, weight: Tensor) -> Tensor:
+        return ((weight * style[:, None]).square().sum(dim=2) + 1e-8).rsqrt()
+
+    inputs, wide = (
+        [t.to(dtype).requires_grad_() for t in (style, weight)] for dtype in (None, torch.float64)
+    )
+    out, truth = demodulation(*inputs), plain(*wide)
+    torch.testing.assert_close(out.double(), truth)
+    chosen = 0 if of == "style" else 1
+    (grad,), (expected,) = (
+        torch.autograd.grad((y * y.sin()).sum(), t[chosen]) for y, t in ((out, inputs), (truth, wide))
+    )
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-4)
+    with ops.input_gradients_only():
+        again = torch.autograd.grad(demodulation(*inputs).sum(), inputs, allow_unused=True)
+    assert again[0] is not None and again[1] is None
 
 
 # More pixels than channels and fewer: the form by matrix products computes the modulation differently.

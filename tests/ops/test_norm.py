@@ -11,6 +11,17 @@ from tests.ops.agreement import assert_agrees
 from vfmvae import ops
 from vfmvae.ops.norm import ACTIVATIONS
 
+COMPILED = [  # implementation, which is also the device's name, and dtype
+    ("cpu", torch.float32),
+    ("cpu", torch.bfloat16),
+    *(
+        ("cuda", dtype)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if torch.cuda.is_available()
+    ),
+]
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
 
 def test_group_norm_has_zero_mean_and_unit_variance_per_group() -> None:
     x = 3 + 2 * torch.randn(2, 6, 5, 3, dtype=torch.float64)
@@ -41,6 +52,19 @@ def test_a_weight_can_learn_where_the_input_asks_for_no_gradient(fused: bool) ->
     torch.testing.assert_close(bias.grad, expected.sum((0, 2, 3)).float(), atol=1e-4, rtol=1e-4)
     frozen = ops.group_norm(x, 2, weight.detach(), bias.detach(), fused=fused)
     assert not frozen.requires_grad, "and nothing asks for one where all is frozen"
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_style_multiplies_what_enters_the_activation(activation: str | None) -> None:
+    x, weight, bias, style = torch.randn(2, 8, 3, 5), torch.randn(8), torch.randn(8), torch.randn(2, 8)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, style: Tensor, fused: bool) -> Tensor:
+        return ops.group_norm(x, 4, weight, bias, 1e-5, activation, style, fused=fused)
+
+    assert_agrees(norm, [x, weight, bias, style])
+    plain = ops.group_norm(x, 4, weight, bias, fused=False) * style[:, :, None, None]
+    expected = plain if activation is None else ACTIVATIONS[activation](plain)
+    torch.testing.assert_close(norm(x, weight, bias, style, False), expected)
 
 
 def test_a_large_mean_does_not_hide_the_variance() -> None:
@@ -92,15 +116,20 @@ COMPILED_SHAPES = [((2, 8, 6, 6), 4), ((1, 20, 37, 23), 5), ((3, 16, 40, 31), 4)
 
 
 @requires_extension
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("device", "dtype"), COMPILED)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize(("shape", "groups"), COMPILED_SHAPES)
 def test_compiled_group_norm(
-    shape: tuple[int, ...], groups: int, activation: str | None, dtype: torch.dtype, poisoned_empty: None
+    shape: tuple[int, ...],
+    groups: int,
+    activation: str | None,
+    device: str,
+    dtype: torch.dtype,
+    poisoned_empty: None,
 ) -> None:
     x, grad = (2 + torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
-    inputs = [x, torch.randn(shape[1]), torch.randn(shape[1]), grad]
-    compiled = norm_and_gradients(inputs, groups, activation, "cpu")
+    inputs = [t.to(device) for t in (x, torch.randn(shape[1]), torch.randn(shape[1]), grad)]
+    compiled = norm_and_gradients(inputs, groups, activation, device)
     eager = norm_and_gradients(inputs, groups, activation, False)
     truth = norm_and_gradients(inputs, groups, activation, False, torch.float64)
     for what, *results in zip(("output", "x", "weight", "bias"), compiled, eager, truth, strict=True):
@@ -122,15 +151,16 @@ def test_the_number_of_threads_does_not_show_in_group_norm() -> None:
 
 
 @requires_extension
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e15])
 def test_values_that_are_not_finite_spread_in_compiled_group_norm(
-    value: float, activation: str | None
+    value: float, activation: str | None, device: str
 ) -> None:
     x = torch.randn(2, 8, 3, 3)
     x[1, 2, 1, 1] = value
-    inputs = [x, torch.ones(8), torch.zeros(8), torch.randn(2, 8, 3, 3)]
-    compiled = norm_and_gradients(inputs, 4, activation, "cpu")
+    inputs = [t.to(device) for t in (x, torch.ones(8), torch.zeros(8), torch.randn(2, 8, 3, 3))]
+    compiled = norm_and_gradients(inputs, 4, activation, device)
     reference = norm_and_gradients(inputs, 4, activation, False)
     for ours, theirs in zip(compiled[:2], reference[:2], strict=True):
         assert torch.equal(ours.isfinite(), theirs.isfinite())
@@ -163,5 +193,7 @@ def test_wrong_arguments_are_named() -> None:
         norm(4, torch.ones(6), torch.zeros(6))
     with pytest.raises(ValueError, match=r"weight is \[3\] and bias \[6\]; x .* needs \[6\] twice"):
         norm(3, torch.ones(3), torch.zeros(6))
+    with pytest.raises(ValueError, match=r"style is \[6\]; x .* needs \[1, 6\]"):
+        norm(3, torch.ones(6), torch.zeros(6), style=torch.ones(6))
     with pytest.raises(ValueError, match="activation 'relu' is unknown; known: leaky_relu, gelu, silu"):
         norm(3, torch.ones(6), torch.zeros(6), activation="relu")

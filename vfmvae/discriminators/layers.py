@@ -5,6 +5,7 @@ dtype is worked on in that dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -98,3 +99,18 @@ class SpectralConv1d(nn.Module):
         matrix = self.weight.flatten(1)
         self.v.copy_(F.normalize(torch.mv(matrix.T, self.u), dim=0, eps=self.EPS))
         self.u.copy_(F.normalize(torch.mv(matrix, self.v), dim=0, eps=self.EPS))
+
+
+@torch.no_grad()
+def iterate_together(convolutions: Iterable[SpectralConv1d]) -> None:
+    """`iterate` of each, those whose weights have equal shapes in the same few operations."""
+    alike: dict[torch.Size, list[SpectralConv1d]] = {}
+    for convolution in convolutions:
+        alike.setdefault(convolution.weight.shape, []).append(convolution)
+    for group in alike.values():
+        matrices = torch.stack([c.weight.flatten(1) for c in group])
+        u, eps = torch.stack([c.u for c in group])[:, None], SpectralConv1d.EPS
+        v = F.normalize(torch.bmm(u, matrices), dim=2, eps=eps)  # [convolutions, 1, in * kernel]
+        u = F.normalize(torch.bmm(v, matrices.mT), dim=2, eps=eps)
+        torch._foreach_copy_([c.v for c in group], list(v[:, 0].unbind()))
+        torch._foreach_copy_([c.u for c in group], list(u[:, 0].unbind()))

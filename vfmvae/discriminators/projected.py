@@ -13,7 +13,7 @@ them resumes exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vfmvae.discriminators.augment import augment
-from vfmvae.discriminators.layers import SLOPE, LocalBatchNorm, SpectralConv1d
+from vfmvae.discriminators.layers import SLOPE, LocalBatchNorm, SpectralConv1d, iterate_together
 from vfmvae.encoders import EncoderConfig, ViTConfig, build_encoder
 from vfmvae.encoders.base import Interpolation, resolve_layers
 from vfmvae.encoders.timm_vit import TimmEncoder
@@ -117,19 +117,30 @@ class ProjectedDiscriminator(nn.Module):
         Raises:
             ValueError: wrong shapes; a batch that the local batch norm cannot cut into equal groups.
         """
+        return self.judge(self.features(images, uniforms, crop, double_backward), c)
+
+    def features(
+        self,
+        images: Tensor,
+        uniforms: Tensor,
+        crop: tuple[float, float, float],
+        double_backward: bool = False,
+    ) -> list[Tensor]:
+        """What the frozen part makes of images, [B, N, C] per layer; arguments as for `forward`."""
         check_image_shape(images)
         images = to_unit(images) if images.dtype == torch.uint8 else images
         images = self.resize(augment(images, uniforms), crop)
         with sdpa_kernel(SDPBackend.MATH) if double_backward else nullcontext():
             outputs, _ = self.encoder.all_tokens(self.encoder.prepare(images), set(self.positions))
-        features = [self.readout(outputs[position]) for position in self.positions]
+        return [self.readout(outputs[position]) for position in self.positions]
+
+    def judge(self, features: Sequence[Tensor], c: Tensor | None = None) -> Tensor:
+        """Logits [B, layers * N] float32 of what `features` gave, by the heads, which are trained."""
         return torch.cat([head(x, c) for head, x in zip(self.heads, features, strict=True)], dim=1)
 
     def iterate_spectral_norms(self) -> None:
         """One power iteration in every head, for a step whose passes all run in eval mode."""
-        for module in self.modules():
-            if isinstance(module, SpectralConv1d):
-                module.iterate()
+        iterate_together(module for module in self.modules() if isinstance(module, SpectralConv1d))
 
     def resize(self, images: Tensor, crop: tuple[float, float, float]) -> Tensor:
         """Images of any size -> [B, 3, S, S], the backbone's input, by a crop or a resize; see `forward`."""

@@ -7,6 +7,7 @@ reference, or the name of one implementation (see `vfmvae.ops.dispatch`).
 from vfmvae.ops.alignment import vf_alignment_loss
 from vfmvae.ops.attention import attention
 from vfmvae.ops.conv import depthwise_conv2d, pointwise_conv2d
+from vfmvae.ops.conv_norm import depthwise_group_norm
 from vfmvae.ops.dispatch import Fused
 from vfmvae.ops.fusion import NormedLinear, fusion_projection
 from vfmvae.ops.gated import geglu
@@ -24,6 +25,7 @@ __all__ = [
     "attention",
     "channel_rms_norm",
     "depthwise_conv2d",
+    "depthwise_group_norm",
     "fusion_projection",
     "gaussian_posterior",
     "geglu",

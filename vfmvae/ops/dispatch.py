@@ -39,6 +39,8 @@ class Implementation:
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
+    why_not_first: Callable[..., str | None] = lambda *_: None
+    """Why True passes it over though it could run, which it does by name: where it is slower."""
 
 
 def always(*_: object) -> None:
@@ -66,7 +68,7 @@ class Op:
             return self._by_name(fused, *args)
         refused: list[tuple[str, str]] = []
         for implementation in self.implementations:
-            objection = implementation.why_not(*args)
+            objection = implementation.why_not(*args) or implementation.why_not_first(*args)
             if objection is None:
                 self._log_once(implementation.name, refused, args)
                 return implementation.run

@@ -11,15 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfmvae.ops import mlp_cpu
+from vfmvae.ops import mlp_cpu, mlp_triton, to_rgb_triton
+from vfmvae.ops.demodulation import DEMODULATION_EPS, demodulation
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
-
-DEMODULATION_EPS = 1e-8
-
-
-def demodulation(style: Tensor, weight: Tensor) -> Tensor:
-    """What brings each output of weight [E, C], its inputs scaled by style [B, C], to unit norm: [B, E]."""
-    return (F.linear(style.square(), weight.square()) + DEMODULATION_EPS).rsqrt()
 
 
 def modulated_mlp(
@@ -45,7 +39,7 @@ def modulated_mlp(
 
     Returns:
         [B, C, H, W] in x.dtype. GELU is the exact form; d demodulates each output of W1 to unit input norm.
-        The compiled form can be differentiated once.
+        The fused forms can be differentiated once.
 
     Raises:
         ValueError: shapes that do not fit, or a residual of another dtype than x.
@@ -101,6 +95,14 @@ def _modulated_mlp_gemm(
     return residual + y.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
+def _modulated_mlp_triton(
+    residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor
+) -> Tensor:
+    return mlp_triton.modulated_mlp(
+        residual, x, style, demodulation(style, w1), w1, b1, w2 * gamma[:, None], b2 * gamma
+    )
+
+
 def _modulated_mlp_compiled(
     residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor
 ) -> Tensor:
@@ -122,6 +124,7 @@ def modulated_to_rgb(
 
     Returns:
         [B, 3, H, W] in float32 (float64 for float64 x): an image keeps more digits than 16-bit activations.
+        The Triton form can be differentiated once.
     """
     return _MODULATED_TO_RGB(fused, x, style, weight, bias)
 
@@ -153,9 +156,15 @@ _MODULATED_MLP = Op(
     modulated_mlp_reference,
     (
         Implementation("cpu", _modulated_mlp_compiled, mlp_cpu.why_not),
+        Implementation("triton", _modulated_mlp_triton, mlp_triton.why_not, mlp_triton.why_not_first),
         Implementation("gemm", _modulated_mlp_gemm, always),
     ),
 )
 _MODULATED_TO_RGB = Op(
-    "modulated_to_rgb", modulated_to_rgb_reference, (Implementation("gemm", _modulated_to_rgb_gemm, always),)
+    "modulated_to_rgb",
+    modulated_to_rgb_reference,
+    (
+        Implementation("triton", to_rgb_triton.modulated_to_rgb, to_rgb_triton.why_not),
+        Implementation("gemm", _modulated_to_rgb_gemm, always),
+    ),
 )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfmvae.ops import native
+from vfmvae.ops import native, norm_cuda
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 from vfmvae.ops.operation import Autograd, operation
 
@@ -32,23 +32,33 @@ def group_norm(
     bias: Tensor,
     eps: float = 1e-5,
     activation: Activation | None = None,
+    style: Tensor | None = None,
     *,
     fused: Fused = True,
 ) -> Tensor:
-    """Group normalisation over C/groups channels and all positions, optionally followed by an activation.
+    """Group normalisation over C/groups channels and all positions, optionally with style and activation:
+    activation(style * (normed x * weight + bias)).
 
     Args:
         x: [B, C, H, W].
         groups: divides C.
         weight, bias: [C].
         activation: "leaky_relu" (slope 0.2), "gelu" (exact), "silu" or None.
+        style: [B, C], a factor per sample and channel, before the activation; float32 whatever x is; or None.
 
     Returns:
-        [B, C, H, W] in x.dtype. The compiled form can be differentiated once.
+        [B, C, H, W] in x.dtype. The compiled forms can be differentiated once.
 
     Raises:
-        ValueError: groups that do not divide C, other shapes of weight or bias, an unknown activation.
+        ValueError: groups that do not divide C, other shapes of weight, bias or style, an unknown activation.
     """
+    check_group_norm(x, groups, weight, bias, activation, style)
+    return _GROUP_NORM(fused, x, groups, weight, bias, eps, activation, style)
+
+
+def check_group_norm(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, activation: str | None, style: Tensor | None
+) -> None:
     if x.shape[1] % groups:
         raise ValueError(f"{x.shape[1]} channels cannot be divided into {groups} groups")
     if weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
@@ -58,27 +68,42 @@ def group_norm(
         )
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
-    return _GROUP_NORM(fused, x, groups, weight, bias, eps, activation)
+    if style is not None and style.shape != x.shape[:2]:
+        raise ValueError(f"style is {list(style.shape)}; x {list(x.shape)} needs {list(x.shape[:2])}")
 
 
 # torch.group_norm, since F.group_norm refuses groups of a single value (batch 1 at 1 x 1 pixel).
 
 
 def group_norm_reference(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, activation: Activation | None
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: Activation | None,
+    style: Tensor | None = None,
 ) -> Tensor:
     wide = _asking_for_a_gradient(x if x.dtype == torch.float64 else x.float(), weight)
-    y = torch.group_norm(wide, groups, weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
+    y = torch.group_norm(wide, groups, weight.to(wide.dtype), bias.to(wide.dtype), eps)
+    y = (y if style is None else y * style[:, :, None, None].to(wide.dtype)).to(x.dtype)
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def _group_norm_torch(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, activation: Activation | None
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: Activation | None,
+    style: Tensor | None = None,
 ) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     if x.device.type == "cpu":
         x = _asking_for_a_gradient(x - _group_means(x, groups), weight)
     y = torch.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    y = y if style is None else y * style[:, :, None, None].to(x.dtype)
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
@@ -104,7 +129,13 @@ def _group_means(x: Tensor, groups: int) -> Tensor:
 
 
 def _group_norm_compiled(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, activation: Activation | None
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: Activation | None,
+    style: Tensor | None = None,
 ) -> Tensor:
     return _norm(x, weight, bias, groups, eps, activation or "none")[0]
 
@@ -198,7 +229,17 @@ MOST_CHANNELS = {torch.float32: 128, torch.bfloat16: 256}
 """Of the compiled form: with more, PyTorch's is as fast or faster (measured in docs/performance.md)."""
 
 
-def _why_not_compiled(x: Tensor, *_: object) -> str | None:
+def _why_not_compiled(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: Activation | None,
+    style: Tensor | None,
+) -> str | None:
+    if style is not None:
+        return "it takes no style"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {x.dtype}"
     if 0 in x.shape[2:]:
@@ -223,6 +264,7 @@ _GROUP_NORM = Op(
     "group_norm",
     group_norm_reference,
     (
+        Implementation("cuda", norm_cuda.group_norm, norm_cuda.why_not),
         Implementation("cpu", _group_norm_compiled, _why_not_compiled),
         Implementation("channels_last", _group_norm_torch, always),
     ),

@@ -142,7 +142,16 @@ class ConvNeXtLayer(nn.Module):
             self.noise_strength = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        y = self.norm(self.depthwise(x, self._noise(x.shape[-2:]) if self.has_noise else None))
+        y = ops.depthwise_group_norm(
+            x,
+            self.depthwise.weight,
+            self.depthwise.bias,
+            self._noise(x.shape[-2:]) if self.has_noise else None,
+            self.norm.groups,
+            self.norm.weight,
+            self.norm.bias,
+            fused=self.fused,
+        )
         return ops.modulated_mlp(
             x,
             y,

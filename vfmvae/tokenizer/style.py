@@ -24,8 +24,9 @@ class EqualizedLinear(nn.Module):
         self.multiplier = multiplier
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight * (self.multiplier * self.weight.shape[1] ** -0.5)
-        return F.linear(x.to(weight.dtype), weight, self.bias * self.multiplier)
+        # The scale goes to the input, which has fewer elements than the weight.
+        x = x.to(self.weight.dtype) * (self.multiplier * self.weight.shape[1] ** -0.5)
+        return F.linear(x, self.weight, self.bias if self.multiplier == 1 else self.bias * self.multiplier)
 
 
 class StyleMapping(nn.Module):

@@ -1,12 +1,13 @@
 """Discriminators in training: each has its losses, its optimizer and its guard.
 
 A game is a module whose forward is the discriminator's own loss, so that DDP can wrap it; the tokenizer's
-side of it is `generator_losses`. Images are [B, 3, H, W], about [-1, 1].
+side of it is `generator_losses`. Both take what `look` makes of the generated images: what does not depend on
+the discriminator's parameters need not be computed for each. Images are [B, 3, H, W], about [-1, 1].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,33 +48,39 @@ class ProjectedAdversary(nn.Module):
         self.discriminator.iterate_spectral_norms()
 
     def forward(
-        self, real: Tensor, fake: Tensor, draws: StepDraws, sigma: float, weights: Mapping[str, float]
+        self,
+        real: Tensor,
+        fake: Sequence[Tensor],
+        draws: StepDraws,
+        sigma: float,
+        weights: Mapping[str, float],
     ) -> Tensor:
-        """The discriminator's loss, a scalar. `sigma`: blur of what it sees, in pixels."""
+        """The discriminator's loss, a scalar. `sigma`: blur of what it sees, in pixels; `fake`: of `look`."""
         penalised = weights.get("r1", 0.0)
         if penalised:
             real = real.detach().requires_grad_()
-        of_real = self.logits(real, draws, sigma, double_backward=bool(penalised))
-        of_fake = self.logits(fake, draws, sigma)
-        loss = hinge_discriminator_loss(of_real, of_fake)
+        of_real = self.discriminator.judge(self.look(real, draws, sigma, double_backward=bool(penalised)))
+        loss = hinge_discriminator_loss(of_real, self.discriminator.judge(fake))
         return loss + penalised * r1_penalty(real, of_real) if penalised else loss
 
     def generator_losses(
-        self, fake: Tensor, real: Tensor, draws: StepDraws, sigma: float, weights: Mapping[str, float]
+        self, fake: Sequence[Tensor], real: Tensor, sigma: float, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
         """The terms that ask the tokenizer to pass for real, by name; unweighted scalars."""
         if "adversarial" not in weights:
             return {}
-        return {"adversarial": hinge_generator_loss(self.logits(fake, draws, sigma))}
+        return {"adversarial": hinge_generator_loss(self.discriminator.judge(fake))}
 
-    def logits(self, images: Tensor, draws: StepDraws, sigma: float, double_backward: bool = False) -> Tensor:
-        """[B, layers * tokens] of images blurred, then augmented by draws of their own.
+    def look(
+        self, images: Tensor, draws: StepDraws, sigma: float, double_backward: bool = False
+    ) -> list[Tensor]:
+        """The backbone's features of images blurred, then augmented by draws of their own.
 
         `double_backward`: the gradient at the images will be differentiated again.
         """
         choice, row, column = draws.shared(3)
         uniforms = draws.uniform((AUGMENT_UNIFORMS,))
-        return self.discriminator(
+        return self.discriminator.features(
             gaussian_blur(images, sigma), uniforms, (choice, row, column), double_backward=double_backward
         )
 
@@ -92,18 +99,23 @@ class PatchAdversary(nn.Module):
         """Nor after the update."""
 
     def forward(
-        self, real: Tensor, fake: Tensor, draws: StepDraws, sigma: float, weights: Mapping[str, float]
+        self,
+        real: Tensor,
+        fake: Sequence[Tensor],
+        draws: StepDraws,
+        sigma: float,
+        weights: Mapping[str, float],
     ) -> Tensor:
-        """The discriminator's loss, a scalar."""
-        of_real, of_fake = (self.discriminator(gaussian_blur(images, sigma)) for images in (real, fake))
+        """The discriminator's loss, a scalar. `fake`: of `look`."""
+        of_real, of_fake = self.discriminator(gaussian_blur(real, sigma)), self.discriminator(*fake)
         return lsgan_discriminator_loss([o.logits for o in of_real], [o.logits for o in of_fake])
 
     def generator_losses(
-        self, fake: Tensor, real: Tensor, draws: StepDraws, sigma: float, weights: Mapping[str, float]
+        self, fake: Sequence[Tensor], real: Tensor, sigma: float, weights: Mapping[str, float]
     ) -> dict[str, Tensor]:
         """The terms that ask the tokenizer to pass for real, by name; unweighted scalars."""
         losses = {}
-        of_fake = self.discriminator(gaussian_blur(fake, sigma))
+        of_fake = self.discriminator(*fake)
         if "patch_adversarial" in weights:
             losses["patch_adversarial"] = lsgan_generator_loss([o.logits for o in of_fake])
         if "feature_matching" in weights:
@@ -113,6 +125,10 @@ class PatchAdversary(nn.Module):
                 [o.features for o in of_fake], [o.features for o in of_real]
             )
         return losses
+
+    def look(self, images: Tensor, draws: StepDraws, sigma: float) -> list[Tensor]:
+        """The images, blurred; nothing is drawn."""
+        return [gaussian_blur(images, sigma)]
 
 
 TERMS_OF = {"projected": ("adversarial",), "patch": ("patch_adversarial", "feature_matching")}

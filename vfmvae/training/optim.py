@@ -73,6 +73,17 @@ class Group(NamedTuple):
 ONE_GROUP: Mapping[nn.Parameter, Group] = {}
 
 
+def check_available(config: OptimizerConfig, device: torch.device) -> None:
+    """ValueError where apex is asked for and cannot be used for parameters on `device`, with the reason."""
+    if config.implementation != "apex":
+        return
+    # An unrelated package on PyPI is called apex too.
+    if find_spec("apex") is None or find_spec("apex.optimizers") is None:
+        raise _apex_refused("NVIDIA apex is not installed")
+    if device.type != "cuda":
+        raise _apex_refused("it needs parameters on a CUDA device")
+
+
 def build_optimizer(
     config: OptimizerConfig,
     parameters: Iterable[nn.Parameter],
@@ -135,11 +146,7 @@ def _groups(
 def _apex_adam(
     config: OptimizerConfig, parameters: Sequence[nn.Parameter], groups: Mapping[nn.Parameter, Group]
 ) -> torch.optim.Optimizer:
-    # An unrelated package on PyPI is called apex too.
-    if find_spec("apex") is None or find_spec("apex.optimizers") is None:
-        raise _apex_refused("NVIDIA apex is not installed")
-    if not all(parameter.is_cuda for parameter in parameters):
-        raise _apex_refused("it needs parameters on a CUDA device")
+    check_available(config, next((p.device for p in parameters if not p.is_cuda), torch.device("cuda")))
     from apex.optimizers import FusedAdam
 
     try:

@@ -29,6 +29,7 @@ def run_lock(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
     written.
     """
     path = folder / NAME
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
         lock.acquire(blocking=False)
@@ -49,7 +50,8 @@ def run_lock(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
     finally:
         with suppress(OSError):
             path.unlink()  # whoever opened it in the meantime notices that it is gone
-            folder.rmdir()  # unless a run left something there
+            for parent in made:
+                parent.rmdir()  # unless a run left something there
         lock.release()
 
 

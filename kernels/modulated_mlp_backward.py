@@ -1,0 +1,255 @@
+"""Gradients of the modulated MLP for up to 256 channels; hidden numbers are computed again, not kept.
+
+One kernel goes through the hidden numbers for a tile of pixels and gives the gradient of x. The other goes
+through the pixels of a part of a sample for a chunk of hidden numbers and gives all else. Neither could keep
+both sums in registers. Parts are summed afterwards, always in the same order.
+
+Notation as in modulated_mlp.py; grad is the gradient of out. With h the input of GELU and z = W1 (style * x),
+
+    dh = (W2^T grad) gelu'(h),    S = sum over pixels of dh x^T  [E, C]
+    grad of x = (style W1)^T (d dh),    of W1 = d S style,    of W2 = sum of grad gelu(h)^T
+    grad of b1 = sum of dh,    of d = sum over C of S style W1,    of style = sum over E of S d W1
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vfmvae.kernels.gelu import gelu_and_slope, gelu_form
+from vfmvae.kernels.modulated_mlp import blocks, padded
+from vfmvae.kernels.tuned import tile
+
+PROGRAMS = 4 * 132
+"""Parts are made until there are about this many programs: four for each multiprocessor of an H100."""
+
+
+@triton.jit
+def _mlp_input_grad_kernel(
+    grad_desc,  # [B, P, C] by [1, BM, BC], like x and grad_x
+    x_desc,
+    demodulation_ptr,
+    first_desc,  # [B, E, C] by [1, BN, BC]
+    first_bias_ptr,
+    second_desc,  # [E, C] by [BN, BC]
+    grad_x_desc,
+    sum_grad_ptr,  # [B * tiles, C]: sums of grad over the pixels of each tile
+    tiles,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    BC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    GELU: tl.constexpr,
+):
+    program = tl.program_id(0)
+    sample = program // tiles
+    pixel = (program % tiles) * BM
+    c = tl.arange(0, BC)
+    grad = grad_desc.load([sample, pixel, 0]).reshape(BM, BC)
+    tl.store(sum_grad_ptr + program.to(tl.int64) * C + c, tl.sum(grad.to(tl.float32), 0), mask=c < C)
+    x = x_desc.load([sample, pixel, 0]).reshape(BM, BC)
+    grad_x = tl.zeros((BM, BC), tl.float32)
+    for chunk in range(0, E, BN):
+        e = chunk + tl.arange(0, BN)
+        first = first_desc.load([sample, chunk, 0]).reshape(BN, BC)
+        second = second_desc.load([chunk, 0])
+        scale = tl.load(demodulation_ptr + sample * E + e, mask=e < E, other=0.0)
+        bias = tl.load(first_bias_ptr + e, mask=e < E, other=0.0)
+        hidden = tl.dot(x, tl.trans(first), input_precision="ieee") * scale[None, :] + bias[None, :]
+        grad_hidden = tl.dot(grad, tl.trans(second), input_precision="ieee")
+        _, slope = gelu_and_slope(hidden, GELU)
+        grad_hidden *= slope * scale[None, :]
+        grad_x = tl.dot(grad_hidden.to(x.dtype), first, grad_x, input_precision="ieee")
+    grad_x_desc.store([sample, pixel, 0], grad_x.to(x.dtype).reshape(1, BM, BC))
+
+
+@triton.jit
+def _mlp_weight_grad_kernel(
+    grad_desc,  # [B, P, C] by [1, BM, BC], like x
+    x_desc,
+    style_ptr,
+    demodulation_ptr,
+    plain_ptr,  # W1 [E, C] in float32
+    first_desc,  # [B, E, C] by [1, BN, BC]
+    first_bias_ptr,
+    second_desc,  # [E, C] by [BN, BC]
+    sum_style_ptr,  # [parts, chunks, C], where part = sample * splits + split
+    sum_demodulation_ptr,  # [parts, E]
+    sum_first_ptr,  # [parts, E, C]
+    sum_first_bias_ptr,  # [parts, E]
+    sum_second_ptr,  # [parts, E, C]
+    pixels,
+    pixels_per_split,
+    splits,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    BC: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    GELU: tl.constexpr,
+    OF_WEIGHTS: tl.constexpr,
+):
+    chunks: tl.constexpr = (E + BN - 1) // BN
+    part = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks  # programs that read the same pixels run at the same time
+    sample = (part // splits).to(tl.int32)
+    begin = (part % splits).to(tl.int32) * pixels_per_split
+    end = tl.minimum(begin + pixels_per_split, pixels)
+    e = chunk * BN + tl.arange(0, BN)
+    c = tl.arange(0, BC)
+    some, used = e < E, c < C
+    scale = tl.load(demodulation_ptr + sample * E + e, mask=some, other=0.0)
+    bias = tl.load(first_bias_ptr + e, mask=some, other=0.0)
+    first = first_desc.load([sample, chunk * BN, 0]).reshape(BN, BC)
+    second = second_desc.load([chunk * BN, 0])
+    of_bias = tl.zeros((BN,), tl.float32)
+    of_first = tl.zeros((BN, BC), tl.float32)
+    of_second = tl.zeros((BN, BC), tl.float32)
+    for pixel in range(begin, end, BM):
+        x = x_desc.load([sample, pixel, 0]).reshape(BM, BC)
+        grad = grad_desc.load([sample, pixel, 0]).reshape(BM, BC)
+        hidden = tl.dot(first, tl.trans(x), input_precision="ieee") * scale[:, None] + bias[:, None]
+        grad_hidden = tl.dot(second, tl.trans(grad), input_precision="ieee")
+        activated, slope = gelu_and_slope(hidden, GELU)
+        grad_hidden *= slope
+        of_bias += tl.sum(grad_hidden, 1)
+        of_first = tl.dot(grad_hidden.to(x.dtype), x, of_first, input_precision="ieee")
+        if OF_WEIGHTS:
+            of_second = tl.dot(activated.to(x.dtype), grad, of_second, input_precision="ieee")
+
+    at = e[:, None] * C + c[None, :]
+    inside = some[:, None] & used[None, :]
+    if OF_WEIGHTS:
+        tl.store(sum_second_ptr + part * (E * C) + at, of_second, mask=inside)
+        tl.store(sum_first_bias_ptr + part * E + e, of_bias, mask=some)
+    style = tl.load(style_ptr + sample * C + c, mask=used, other=0.0)[None, :]
+    plain = tl.load(plain_ptr + at, mask=inside, other=0.0)
+    of_demodulation = tl.sum(of_first * (plain * style), 1)
+    of_first *= scale[:, None]
+    of_style = tl.sum(of_first * plain, 0)
+    tl.store(sum_demodulation_ptr + part * E + e, of_demodulation, mask=some)
+    tl.store(sum_style_ptr + (part * chunks + chunk) * C + c, of_style, mask=used)
+    if OF_WEIGHTS:
+        tl.store(sum_first_ptr + part * (E * C) + at, of_first * style, mask=inside)
+
+
+class Gradients(NamedTuple):
+    """In float32; None where gradients of weights are not asked for."""
+
+    style: Tensor
+    demodulation: Tensor
+    first: Tensor | None
+    first_bias: Tensor | None
+    second: Tensor | None
+
+
+def mlp_input_grad(
+    grad: Tensor,
+    x: Tensor,
+    demodulation: Tensor,
+    first: Tensor,
+    first_bias: Tensor,
+    second: Tensor,
+    grad_x: Tensor,
+) -> Tensor:
+    """Fills grad_x [B, P, C]; returns the sum of grad over samples and pixels, [C] in float32."""
+    batch, pixels, channels = x.shape
+    size = tile("input_grad", channels, pixels, x.dtype)
+    width = padded(channels)
+    tiles = triton.cdiv(pixels, size.pixels)
+    sums = torch.empty(batch * tiles, channels, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _mlp_input_grad_kernel[(batch * tiles,)](
+            blocks(grad, 1, size.pixels, width),
+            blocks(x, 1, size.pixels, width),
+            demodulation,
+            blocks(first, 1, size.hidden, width),
+            first_bias,
+            blocks(second, size.hidden, width),
+            blocks(grad_x, 1, size.pixels, width),
+            sums,
+            tiles,
+            C=channels,
+            E=first.shape[1],
+            BC=width,
+            BM=size.pixels,
+            BN=size.hidden,
+            GELU=gelu_form(x.dtype, x.is_cuda),
+            num_warps=size.warps,
+            num_stages=size.stages,
+        )
+    return sums.sum(0)
+
+
+def mlp_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    style: Tensor,
+    demodulation: Tensor,
+    plain: Tensor,
+    first: Tensor,
+    first_bias: Tensor,
+    second: Tensor,
+    of_weights: bool,
+) -> Gradients:
+    """All gradients but that of x and of the last bias; plain is W1 [E, C] in float32."""
+    batch, pixels, channels = x.shape
+    hidden = first.shape[1]
+    size = tile("weight_grad", channels, pixels, x.dtype)
+    width = padded(channels)
+    chunks = triton.cdiv(hidden, size.hidden)
+    splits, pixels_per_split = split(pixels, size.pixels, batch * chunks)
+    parts = batch * splits
+
+    def sums(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+    of_style, of_demodulation = sums(parts, chunks, channels), sums(parts, hidden)
+    # Kernels want a pointer also where they write nothing.
+    matrix, vector = ((parts, hidden, channels), (parts, hidden)) if of_weights else ((0,), (0,))
+    of_first, of_first_bias, of_second = sums(*matrix), sums(*vector), sums(*matrix)
+    with torch.cuda.device_of(x):
+        _mlp_weight_grad_kernel[(parts * chunks,)](
+            blocks(grad, 1, size.pixels, width),
+            blocks(x, 1, size.pixels, width),
+            style,
+            demodulation,
+            plain,
+            blocks(first, 1, size.hidden, width),
+            first_bias,
+            blocks(second, size.hidden, width),
+            of_style,
+            of_demodulation,
+            of_first,
+            of_first_bias,
+            of_second,
+            pixels,
+            pixels_per_split,
+            splits,
+            C=channels,
+            E=hidden,
+            BC=width,
+            BM=size.pixels,
+            BN=size.hidden,
+            GELU=gelu_form(x.dtype, x.is_cuda),
+            OF_WEIGHTS=of_weights,
+            num_warps=size.warps,
+            num_stages=size.stages,
+        )
+    of_style = of_style.view(batch, splits * chunks, channels).sum(1)
+    of_demodulation = of_demodulation.view(batch, splits, hidden).sum(1)
+    if not of_weights:
+        return Gradients(of_style, of_demodulation, None, None, None)
+    return Gradients(of_style, of_demodulation, of_first.sum(0), of_first_bias.sum(0), of_second.sum(0))
+
+
+def split(pixels: int, step: int, programs: int) -> tuple[int, int]:
+    """Parts of a sample's pixels, and pixels in each: whole steps, no part empty, none under 16 steps."""
+    wanted = min(max(1, PROGRAMS // programs), max(1, pixels // (16 * step)))
+    per_split = triton.cdiv(triton.cdiv(pixels, wanted), step) * step
+    return triton.cdiv(pixels, per_split), per_split

@@ -1,0 +1,90 @@
+"""The Triton form of the modulated MLP: what its kernels need, and the choice; check_modulated_mlp.py holds
+the kernels' numbers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import Resources, compile_triton_for_hopper, run_python
+from vfmvae.ops import mlp, native
+
+CHECKS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/check_modulated_mlp.py")
+SHARED_LIMIT = 227 * 1024
+
+
+def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_python(*CHECKS, env={"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_kernels_on_the_gpu() -> None:
+    run_python(*CHECKS)
+
+
+def compile_kernel(
+    kernel: Any, channels: int, size: Any, element: str = "bf16", **constants: Any
+) -> Resources:
+    """At E = 4C. A descriptor's block is told by its name: `second` is a matrix, the others are batched."""
+    from vfmvae.kernels.modulated_mlp import padded
+
+    width = padded(channels)
+    rows = {"first_desc": f"1, {size.hidden}", "second_desc": f"{size.hidden}"}
+    signature = {}
+    for name in kernel.arg_names:
+        if name.endswith("_desc"):
+            signature[name] = f"tensordesc<{element}[{rows.get(name, f'1, {size.pixels}')}, {width}]>"
+        elif not name.isupper():
+            signature[name] = "*fp32" if name.endswith("_ptr") else "i32"
+    constants |= {"C": channels, "E": 4 * channels, "BC": width, "BM": size.pixels, "BN": size.hidden}
+    constants["GELU"] = "erf" if element == "fp32" else "tanh"
+    return compile_triton_for_hopper(kernel, signature, constants, size.warps, size.stages)
+
+
+KERNELS = {
+    "forward": ("modulated_mlp", "_mlp_fwd_kernel", {}),
+    "input_grad": ("modulated_mlp_backward", "_mlp_input_grad_kernel", {}),
+    "weight_grad": ("modulated_mlp_backward", "_mlp_weight_grad_kernel", {"OF_WEIGHTS": True}),
+    "weight_grad of inputs": ("modulated_mlp_backward", "_mlp_weight_grad_kernel", {"OF_WEIGHTS": False}),
+}
+
+
+@pytest.mark.parametrize("channels", [256, 128, 64])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile_for_hopper_without_spills(name: str, channels: int) -> None:
+    pytest.importorskip("triton")
+    from vfmvae.kernels.tuned import CANDIDATES, tile
+
+    module, kernel_name, constants = KERNELS[name]
+    kernel = getattr(importlib.import_module(f"vfmvae.kernels.{module}"), kernel_name)
+    table = name.split()[0]
+    sizes = [tile(table, channels, 1 << 16, torch.bfloat16), tile(table, channels, 64, torch.bfloat16)]
+    sizes += CANDIDATES.get(table, {}).get(channels, ())
+    for size in dict.fromkeys(sizes):
+        resources = compile_kernel(kernel, channels, size, **constants)
+        assert resources.spilled == 0 and resources.shared <= SHARED_LIMIT, (size, resources)
+
+
+def test_float32_is_taken_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the device would do."""
+    monkeypatch.setattr(native, "why_no_triton", lambda x: None)
+    implementations = {i.name: i.run for i in mlp._MODULATED_MLP.implementations}
+    for dtype, first in ((torch.float32, "gemm"), (torch.bfloat16, "triton"), (torch.float16, "triton")):
+        arguments = [torch.ones(1, 8, 2, 2, dtype=dtype, device="meta")] * 2 + [torch.ones(1)] * 6
+        assert mlp._MODULATED_MLP.choose(True, *arguments) == implementations[first]
+        assert mlp._MODULATED_MLP.choose("triton", *arguments) == implementations["triton"]
+
+
+def test_what_it_refuses_is_said() -> None:
+    def refusal(x: torch.Tensor) -> str:
+        with pytest.raises(ValueError) as error:
+            mlp._MODULATED_MLP.choose("triton", x, x, *[torch.ones(1)] * 6)
+        return str(error.value)
+
+    assert "not torch.float64" in refusal(torch.ones(1, 8, 2, 2, dtype=torch.float64))
+    assert "multiples of 8 channels of torch.bfloat16, not 12" in refusal(torch.ones(1, 12, 2, 2).bfloat16())
+    assert "multiples of 4 channels of torch.float32, not 6" in refusal(torch.ones(1, 6, 2, 2))

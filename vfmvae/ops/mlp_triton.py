@@ -1,0 +1,164 @@
+"""The modulated MLP by Triton kernels, as an operation that torch knows.
+
+    modulated_mlp(residual, x, style, demodulation, expand, expand_bias, contract, contract_bias)
+        = residual + contract gelu(demodulation * (expand (style * x)) + expand_bias) + contract_bias
+
+    residual, x [B, C, H, W]; style [B, C]; demodulation [B, E]; expand [E, C], expand_bias [E];
+    contract [C, E], contract_bias [C]                            ->  [B, C, H, W], channels-last, in x.dtype
+
+Products take x.dtype and sum in float32. Only the arguments are kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vfmvae.ops import native
+from vfmvae.ops.gradients import weight_gradients_wanted
+from vfmvae.ops.operation import Autograd, operation
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROW_BYTES = 16
+"""Rows of channels are multiples of this, or the hardware that copies tiles cannot read them."""
+
+
+def why_not(residual: Tensor, x: Tensor, style: Tensor, expand: Tensor, *_: Tensor) -> str | None:
+    if x.dtype not in DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {x.dtype}"
+    multiple = ROW_BYTES // x.element_size()
+    if x.shape[1] % multiple:
+        return f"it takes multiples of {multiple} channels of {x.dtype}, not {x.shape[1]}"
+    return native.why_no_triton(x)
+
+
+def why_not_first(residual: Tensor, x: Tensor, *_: Tensor) -> str | None:
+    if x.dtype == torch.float32:
+        return "products of float32 are faster by cuBLAS"
+    return None
+
+
+def _fake(
+    residual: Tensor,
+    x: Tensor,
+    style: Tensor,
+    demodulation: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    contract: Tensor,
+    contract_bias: Tensor,
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _run(
+    residual: Tensor,
+    x: Tensor,
+    style: Tensor,
+    demodulation: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    contract: Tensor,
+    contract_bias: Tensor,
+) -> Tensor:
+    from vfmvae.kernels.modulated_mlp import mlp_fwd
+
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    if x.numel() == 0:
+        return out
+    mlp_fwd(
+        _pixels(residual),
+        _pixels(x),
+        _plain(demodulation),
+        _modulated(expand, style, x.dtype),
+        _plain(expand_bias),
+        contract.t().to(x.dtype).contiguous(),
+        _plain(contract_bias),
+        _pixels(out),
+    )
+    return out
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    style: Tensor,
+    demodulation: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    contract: Tensor,
+    of_weights: bool,
+) -> list[Tensor]:
+    """Gradients of x, style, demodulation and, if `of_weights`, of the four weights; float32 but for x."""
+    shapes = [style.shape, demodulation.shape]
+    if of_weights:
+        shapes += [expand.shape, expand_bias.shape, contract.shape, contract.shape[:1]]
+    of_x = torch.empty_like(x, memory_format=torch.channels_last)
+    return [of_x, *(torch.empty(s, dtype=torch.float32, device=x.device) for s in shapes)]
+
+
+def _run_backward(
+    grad: Tensor,
+    x: Tensor,
+    style: Tensor,
+    demodulation: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    contract: Tensor,
+    of_weights: bool,
+) -> list[Tensor]:
+    from vfmvae.kernels.modulated_mlp_backward import mlp_input_grad, mlp_weight_grad
+
+    if x.numel() == 0:
+        found = _backward_fake(grad, x, style, demodulation, expand, expand_bias, contract, of_weights)
+        return [t.zero_() for t in found]
+    of_x = torch.empty_like(x, memory_format=torch.channels_last)
+    grad, x = _pixels(grad.to(x.dtype)), _pixels(x)
+    style, demodulation, expand, expand_bias = map(_plain, (style, demodulation, expand, expand_bias))
+    first = _modulated(expand, style, x.dtype)
+    second = contract.t().to(x.dtype).contiguous()
+    of_contract_bias = mlp_input_grad(grad, x, demodulation, first, expand_bias, second, _pixels(of_x))
+    found = mlp_weight_grad(grad, x, style, demodulation, expand, first, expand_bias, second, of_weights)
+    if found.first is None or found.first_bias is None or found.second is None:
+        return [of_x, found.style, found.demodulation]
+    weights = [found.first, found.first_bias, found.second.t().contiguous(), of_contract_bias]
+    return [of_x, found.style, found.demodulation, *weights]
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:-1])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    of_weights = any(needs[4:]) and weight_gradients_wanted()
+    found: list[Tensor | None] = [*_mlp_backward(grad, *ctx.saved_tensors, of_weights)]
+    found += [None] * (len(needs) - 1 - len(found))
+    kept = [g if need else None for g, need in zip(found, needs[1:], strict=True)]
+    return (grad if needs[0] else None, *kept)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[B, C, H, W] as dense [B, H W, C], at an address that tiles can be copied from."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if x.data_ptr() % ROW_BYTES:
+        x = x.clone(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    return x.permute(0, 2, 3, 1).view(batch, height * width, channels)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()
+
+
+def _modulated(expand: Tensor, style: Tensor, dtype: torch.dtype) -> Tensor:
+    """expand [E, C] with its inputs scaled by style [B, C]: [B, E, C] in dtype, rounded once."""
+    out = torch.empty(len(style), *expand.shape, dtype=dtype, device=style.device)
+    return torch.mul(expand.float(), style.float()[:, None, :], out=out)
+
+
+_DEVICES = ("cpu", "cuda")
+_mlp_backward = operation("modulated_mlp_triton_backward", _run_backward, _backward_fake, _DEVICES)
+modulated_mlp = operation("modulated_mlp_triton", _run, _fake, _DEVICES, Autograd(_setup, _backward))
