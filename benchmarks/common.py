@@ -77,7 +77,7 @@ class Ceilings:
     matrix_flops: float
     """Of a large product of random matrices, in the dtype of the benchmark; a multiply-add is two."""
     fma_flops: float
-    """float32, outside of matrix units: a GPU's cores times its clock; on a CPU a float32 matrix product."""
+    """float32, outside of matrix units: a GPU's cores times its clock, else of a float32 matrix product."""
 
     def floor_seconds(self, moved_bytes: float, flops: float, unit: Unit) -> float:
         """The least time for so many bytes and so many operations, which overlap at best."""
@@ -100,22 +100,23 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         return 2 * side**3 / taken
 
     matrix = product_rate(dtype)
-    # A CPU has one kind of units for both.
-    fma = _fma_peak(device) if cuda else matrix if dtype == torch.float32 else product_rate(torch.float32)
+    fma = _fma_peak(device) if cuda else None
+    if fma is None:
+        fma = matrix if dtype == torch.float32 else product_rate(torch.float32)
     return Ceilings(2 * source.numel() / copied, matrix, fma)
 
 
-def _fma_peak(device: torch.device) -> float:
+def _fma_peak(device: torch.device) -> float | None:
+    """Cores times highest clock; None where the clock is not to be had."""
     properties = torch.cuda.get_device_properties(device)
     cores = 64 if (properties.major, properties.minor) == (8, 0) else 128
-    return 2.0 * cores * properties.multi_processor_count * _highest_clock_hz(properties)
-
-
-def _highest_clock_hz(properties: Any) -> float:
-    if khz := getattr(properties, "clock_rate", 0):
-        return 1e3 * khz
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
-    return 1e6 * float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        clock_hz = 1e6 * float(answer.split()[0])
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return None
+    return 2.0 * cores * properties.multi_processor_count * clock_hz
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

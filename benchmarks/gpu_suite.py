@@ -75,45 +75,52 @@ def parts(device: str, output: Path, architecture: str | None) -> list[Part]:
     checks = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/kernels/check_*.py"))
     kernels = tests(*checks, "tests/ops", "tests/csrc", select=GPU_TESTS)
     others = tests("tests/ops", "tests/csrc", select=f"not ({GPU_TESTS})")
-    engine = tests(*ENGINE_FILES, select="gpu or cuda")
+    engine = tests("tests/test_train_job.py", "tests/training", select="gpu or cuda")
+    graphs = tests("tests/test_compiled_step.py", select="gpu or cuda", limit_s=120)
     size = ["--dtype", "bf16", "--size", "full"] if cuda else ["--size", "demo", "--repeats", "2"]
-    speed = benchmark("kernels", device, output, *size)
-    throughput = benchmark("throughput", device, output, "--config", "full" if cuda else "demo")
+    speed = benchmark("kernels", f"kernels-{device}", device, output, *size)
+    compared = benchmark("kernels", f"kernels-compile-{device}", device, output, *size, "--compile")
+    images = [] if cuda else ["--config", "demo"]
+    throughput = benchmark("throughput", f"throughput-{device}", device, output, *images)
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or the next tensor hides a write past the end
     table = [
         Part("build", build, 150, environment=building),
-        Part("kernels", kernels, 120, environment={} if cuda else {"TRITON_INTERPRET": "1"}),
-        Part("speed", speed, 100, correctness=False),
+        Part("kernels", kernels, 120, environment=ONE_THREAD | ({} if cuda else {"TRITON_INTERPRET": "1"})),
+        Part("speed", speed, 90, correctness=False),
         Part("throughput", throughput, 150, correctness=False),
-        Part("engine", engine, 90),
+        Part("engine", engine, 60, environment=ONE_THREAD),
         Part("memcheck", sanitizer("memcheck"), 60, environment=uncached),
         Part("racecheck", sanitizer("racecheck"), 60, environment=uncached),
-        Part("operations", others, 120),
+        Part("graphs", graphs, 120, environment=ONE_THREAD),
+        Part("compile", compared, 120, correctness=False),
+        Part("operations", others, 120, environment=ONE_THREAD),
     ]
-    return [part for part in table if cuda or part.name not in ("memcheck", "racecheck")]
+    return table if cuda else [part for part in table if part.name not in NEED_A_GPU]
 
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # several test processes share the CPU
+NEED_A_GPU = ("memcheck", "racecheck", "graphs", "compile")
 GPU_TESTS = "(check_ or cuda or gpu) and not kernel_on_the_gpu and not compile_for_hopper"
 """pytest's -k: all of tests/kernels, and of the other files what names the device; what compiles for another
 machine, or starts tests/kernels once more, is left out."""
-ENGINE_FILES = ("tests/test_train_job.py", "tests/test_compiled_step.py", "tests/training")
 
 
-def tests(*files: str, select: str) -> list[str]:
+def tests(*files: str, select: str, limit_s: float = 60) -> list[str]:
     """The pytest command: in several processes where pytest-xdist is installed, so that a kernel that breaks
-    its process's CUDA context does not take the other tests with it."""
+    its process's CUDA context does not take the other tests with it. `limit_s`: of one test."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", "-k", select, "-p", "tests.lost_context"]
     if find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(6, (os.cpu_count() or 2) // 2)))]
     if find_spec("pytest_timeout") is not None:
-        command += ["--timeout", "60", "--timeout-method", "thread"]
+        command += ["--timeout", str(limit_s), "--timeout-method", "thread"]
     return [*command, *files]
 
 
-def benchmark(name: str, device: str, output: Path, *options: str) -> list[str]:
-    result = output / f"{name}-{device}.json"
-    return [sys.executable, f"benchmarks/{name}.py", *options, "--device", device, "--json", str(result)]
+def benchmark(name: str, result: str, device: str, output: Path, *options: str) -> list[str]:
+    """One of benchmarks/, which writes RESULT.json as it goes."""
+    to_file = ["--device", device, "--json", str(output / f"{result}.json")]
+    return [sys.executable, f"benchmarks/{name}.py", *options, *to_file]
 
 
 def sanitizer(tool: str) -> list[str]:
@@ -184,7 +191,6 @@ def run_all(chosen: Sequence[Part], output: Path, limit_s: float) -> Iterator[Re
 def run(part: Part, log: Path, limit_s: float) -> Result:
     """Runs one part; at the limit its whole process group is asked to end, then ended."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **part.environment}
-    environment.setdefault("OMP_NUM_THREADS", "1")
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as out:
         print("$", *part.command, file=out, flush=True)

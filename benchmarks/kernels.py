@@ -95,8 +95,10 @@ def exercise(name: str, device: torch.device) -> None:
                 try:
                     for run in prepare(case, name, case.tensors)[0].values():
                         run()
-                except ValueError as objection:
-                    print(objection)
+                except ValueError as error:
+                    if not is_objection(error):
+                        raise
+                    print(error)
         print(f"{label} done", flush=True)
 
 
@@ -133,6 +135,11 @@ def measure_case(
         return [failed("all", error)]
 
 
+def is_objection(error: Exception) -> bool:
+    """Whether an implementation does not take this device, dtype or shape, and says so (ops/dispatch.py)."""
+    return isinstance(error, ValueError) and "cannot be used here" in str(error)
+
+
 def failed(name: str, error: Exception) -> dict[str, Any]:
     print(f"{name}: {type(error).__name__}: {error}", flush=True)
     return {"implementation": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
@@ -152,10 +159,9 @@ def race(
             run, y = prepare(case, name, tensors)
             for function in run.values():
                 watch.seconds(function)  # kernels are compiled and chosen
-        except ValueError:  # its objection to this device, dtype or shape
-            continue
         except Exception as error:  # any fault of one implementation: the others are measured
-            yield failed(name, error)
+            if not is_objection(error):
+                yield failed(name, error)
             continue
         runs[name], moved = run, case.moved_bytes(y)
     times: dict[str, dict[Pass, list[float]]] = {name: {part: [] for part in PASSES} for name in runs}
@@ -206,8 +212,11 @@ def compiled(case: Case) -> Callable[..., Tensor]:
     torch.compiler.reset()
     # Or a graph could not go backward twice.
     torch._functorch.config.donated_buffer = False
-    function = partial(case.function, fused="reference")
-    return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+    def reference(*tensors: Tensor) -> Tensor:
+        return case.function(*tensors, fused="reference")
+
+    return torch.compile(reference, mode="max-autotune-no-cudagraphs", dynamic=False)
 
 
 def backward(y: Tensor, inputs: list[Tensor], grad: Tensor) -> object:

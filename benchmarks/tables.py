@@ -49,7 +49,7 @@ def tables(folder: Path) -> dict[str, str]:
 
 
 def replace_table(document: str, name: str, table: str) -> str:
-    """The document with `table` between `<!-- name -->` and the next `<!-- end -->`, or ValueError."""
+    """The document with `table` between `<!-- name -->` and the next `<!-- end -->`; ValueError without."""
     pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(document):
         raise ValueError(f"the document has no <!-- {name} --> with an <!-- end --> after it")
@@ -57,7 +57,7 @@ def replace_table(document: str, name: str, table: str) -> str:
 
 
 def kernels_table(result: dict[str, Any]) -> str:
-    """A row per operation, shape and implementation: ms, times faster than the reference, share of floor."""
+    """A row per operation, shape and implementation; each pass in ms."""
     ops = list(dict.fromkeys(row["op"] for row in result["rows"]))
     rows = []
     for row in sorted(result["rows"], key=lambda row: ops.index(row["op"])):
@@ -73,7 +73,7 @@ def kernels_table(result: dict[str, Any]) -> str:
 
 
 def throughput_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A row per task and size: images/s of each path, fused against others, memory, share of ceiling."""
+    """A row per task and size: images/s of each path, ours against the others, memory, share."""
     if not rows:
         return "Nothing was measured.\n"
     routes = [r for r in ("reference", "compile", "fused", "graphs") if any(row["path"] == r for row in rows)]

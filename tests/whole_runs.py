@@ -20,7 +20,6 @@ from tests.tiny_runs import ALL_LOSSES, stage, tiny
 from vfmvae.config import TrainConfig
 from vfmvae.discriminators import PatchDiscriminator
 from vfmvae.tokenizer.files import read_safetensors
-from vfmvae.train import train
 from vfmvae.training.checkpoint_folder import checkpoints, step_of
 from vfmvae.training.ema import EmaConfig
 from vfmvae.training.rates import PartRate
@@ -78,6 +77,9 @@ def small_parts() -> Iterator[None]:
 
 def run(config: TrainConfig, path: Path) -> str:
     """Train in this process, or go on; returns what it printed."""
+    # Its command line needs tyro, which a fresh GPU machine lacks; the other things here do not.
+    from vfmvae.train import train
+
     output = io.StringIO()
     with small_parts():
         train(config, RunFolder(path), Console(file=output, width=200))
