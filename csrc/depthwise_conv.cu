@@ -70,7 +70,8 @@ __device__ __forceinline__ void add_row(const T* row, const float (&taps)[K][K],
   }
 }
 
-// FAST promises whole spans, aligned pixels and no noise; STATISTICS is for FAST alone, the others always ask.
+// FAST promises whole spans, aligned pixels and no noise. STATISTICS chooses among the fast kernels; the
+// general one finds out at run time.
 template <typename T, int K, bool FAST, bool STATISTICS>
 __global__ void __launch_bounds__(kThreads, FAST ? 2 : 1)
     depthwise_conv_kernel(Tensors<T> tensors, DepthwiseSize size, bool flipped) {
@@ -96,7 +97,8 @@ __global__ void __launch_bounds__(kThreads, FAST ? 2 : 1)
 
   const int span = threadIdx.x / kChannels, lane = threadIdx.x % kChannels;
   const int column = tile.first_column + span * kSpan, channel = first_channel + lane;
-  const int valid = channel < size.channels ? min(kSpan, size.width - column) : 0;  // columns; may be negative
+  // Columns of this thread; may be negative.
+  const int valid = channel < size.channels ? min(kSpan, size.width - column) : 0;
   const float start = tensors.bias != nullptr && valid > 0 ? tensors.bias[channel] : 0.0f;
   const int64_t pixels = int64_t{size.height} * size.width;
   const int64_t first_pixel = int64_t{tile.first_row} * size.width + column;
@@ -111,8 +113,8 @@ __global__ void __launch_bounds__(kThreads, FAST ? 2 : 1)
     for (int phase = 0; phase < kStages<K>; ++phase) {
       if (base + phase >= steps) break;
       wait_for_copies<kStages<K> - 2>();
-      __syncthreads();  // the row is there for all, and all are done with the one before it,
-      rows.next(staged_rows + (phase + kStages<K> - 1) % kStages<K> * kRow, size);  // whose place this one takes
+      __syncthreads();  // the row is there for all, and all are done with the one whose place is taken
+      rows.next(staged_rows + (phase + kStages<K> - 1) % kStages<K> * kRow, size);
       commit_copies();
       add_row<K>(own_row + phase * kRow, taps, start, phase, sums);
       if (base == 0 && phase < K - 1) continue;  // the oldest row belongs to the strip above
@@ -151,7 +153,8 @@ __global__ void __launch_bounds__(kThreads, FAST ? 2 : 1)
     const int spans = (size.width + kSpan - 1) / kSpan;
     const int64_t own = int64_t{tile.strip} * spans + column / kSpan;
     const float count = static_cast<float>(valid) * static_cast<float>(tile.rows);
-    float* partials = tensors.partials + (tile.image * size.tiles_y * spans + own) * 2 * size.channels + channel;
+    const int64_t tiles = int64_t{size.tiles_y} * spans;
+    float* partials = tensors.partials + (tile.image * tiles + own) * 2 * size.channels + channel;
     partials[0] = moments.mean(count);
     partials[size.channels] = moments.deviations(count);
     if (tile.image == 0 && channel == 0) tensors.counts[own] = count;

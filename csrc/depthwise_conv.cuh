@@ -4,9 +4,10 @@
 // A block has kChannels channels of a tile: a strip of rows, kSpans spans of kSpan columns wide.
 // A thread owns one channel of one span and walks down the rows, so that its k x k weights (or their sums)
 // stay in registers. A row of the tile with its halo arrives by 16-byte asynchronous copies, some rows ahead
-// of its use, and is converted to float once per thread: for k = 7 a row costs 196 multiply-adds and
-// about 40 other instructions. Two channels per thread would need 98 registers for weights; eight columns
-// save 4 % of the instructions, but need 28 more registers and twice the unrolled code.
+// of its use, and is converted to float once per thread: for k = 7 a row costs 196 multiply-adds and 60 other
+// instructions (sm_90a, bfloat16). Two channels per thread would need 98 registers for the weights alone, and
+// weights read from shared memory as many of its cycles as there are multiply-adds; eight columns would need
+// 28 more registers, leaving three quarters of the warps, and twice the unrolled code.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,7 @@
 namespace vfmvae {
 
 constexpr int kChannels = 64;  // of a block: the 128 bytes of a cache line in bfloat16
-constexpr int kSpan = 4;
+constexpr int kSpan = 4;  // vfmvae/ops/conv.py knows kChannels, kSpan and kTileWidth
 constexpr int kSpans = 4;
 constexpr int kThreads = kChannels * kSpans;
 constexpr int kTileWidth = kSpan * kSpans;
@@ -54,8 +55,9 @@ __device__ __forceinline__ Tile find_tile(const DepthwiseSize& size, int64_t num
   return tile;
 }
 
-// Brings rows of a tile to shared memory, [COLUMNS][kChannels], one after the other from `first_row` on. Zeros
-// stand for what lies outside of the image and for rows from `end_row` on. ALIGNED promises size.aligned.
+// Brings rows of a tile to shared memory, [COLUMNS][kChannels], one after the other from `first_row` on.
+// Zeros stand for what lies outside of the image and for rows from `end_row` on. ALIGNED promises
+// size.aligned.
 template <typename T, int COLUMNS, bool ALIGNED>
 class RowReader {
  public:
@@ -69,8 +71,8 @@ class RowReader {
     const bool has_channel = first_channel + channel < size.channels;
     end_column_ = has_channel ? size.width - first_column : 0;
     first_column_ = has_channel ? -first_column : 1;
-    source_ = x + ((tile.image * size.height + first_row) * size.width + first_column + own_) * size.channels +
-              first_channel + channel;  // may lie outside of the image, and is not read then
+    const int64_t pixel = (tile.image * size.height + first_row) * size.width + first_column + own_;
+    source_ = x + pixel * size.channels + first_channel + channel;  // not read where outside of the image
   }
 
   // Begins to read the next row. The caller commits the copies.

@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kThreads, ALIGNED ? 2 : 1)
       for (int phase = 0; phase < kStages<K>; ++phase) {
         if (base + phase >= steps) break;
         wait_for_copies<kStages<K> - 2>();
-        __syncthreads();  // the rows are there for all, and all are done with those before them,
-        begin(staged + (phase + kStages<K> - 1) % kStages<K> * kStage);  // whose place the new ones take
+        __syncthreads();  // the rows are there for all, and all are done with those whose place new ones take
+        begin(staged + (phase + kStages<K> - 1) % kStages<K> * kStage);
         const T* own = staged + phase * kStage + span * (kSpan * kChannels) + lane;
         add_row<K>(own + kGradRow, own, phase, grads, sums, bias_sum);
       }
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kSums* kRows)
 }
 
 template <typename T, int K>
-void launch_kernels(const T* x, const T* grad, float* partials, float* out, const DepthwiseSize& size, int parts,
-                    uintptr_t stream) {
+void launch_kernels(const T* x, const T* grad, float* partials, float* out, const DepthwiseSize& size,
+                    int parts, uintptr_t stream) {
   const size_t rows = kChannels * kStages<K> * (2 * kTileWidth + K - 1) * sizeof(T);
   const size_t sums = kChannels * (K * K + 1) * sizeof(float);
   const auto kernel =

@@ -25,8 +25,8 @@ void upsample_blur_cuda(uintptr_t x, uintptr_t residual, uintptr_t out, const st
 void depthwise_weight_gradient_cpu(uintptr_t x, uintptr_t grad, uintptr_t out, const std::string& dtype,
                                    int64_t batch, int64_t height, int64_t width, int64_t channels,
                                    int kernel_size, int threads);
-// The same, with float16 too. `partials` is scratch memory, float32 [parts, k*k + 1, C]; the sums of part p are
-// over the tiles p, p + parts, ... An image is cut into strips of `strip_rows` rows.
+// The same, with float16 too. `partials` is scratch memory, float32 [parts, k*k + 1, C]; the sums of part p
+// are over the tiles p, p + parts, ... An image is cut into strips of `strip_rows` rows.
 void depthwise_weight_gradient_cuda(uintptr_t x, uintptr_t grad, uintptr_t partials, uintptr_t out,
                                     const std::string& dtype, int64_t batch, int64_t height, int64_t width,
                                     int64_t channels, int kernel_size, int strip_rows, int parts, int device,
@@ -39,8 +39,8 @@ struct DepthwiseTensors {
   uintptr_t partials, counts;  // [B, tiles, 2, C], [tiles], or 0
 };
 
-// Depthwise convolution of odd size k (3, 5, 7), "same" zero padding, stride 1. `flipped` turns the weights by
-// half a circle: the input gradient from the output's. An image is cut into strips of `strip_rows` rows.
+// Depthwise convolution of odd size k (3, 5, 7), "same" zero padding, stride 1. `flipped` turns the weights
+// by half a circle: the input gradient from the output's. An image is cut into strips of `strip_rows` rows.
 // `partials` become, per channel of each tile of out, the mean and the sum of the squared deviations from it;
 // `counts` the pixels of each tile. tiles = ceil(H / strip_rows) * ceil(W / 4).
 void depthwise_conv_cuda(const DepthwiseTensors& tensors, const std::string& dtype, int64_t batch,

@@ -42,6 +42,7 @@ __global__ void wait_apart() {
 
 extern "C" void run(const float* x, float* out, int count) {
   const dim3 grid((count + kThreads - 1) / kThreads);
-  vfmvae::launch_with_shared(sum_of_squares, grid, dim3(kThreads), kThreads * sizeof(float), 0, x, out, count);
+  const size_t shared = kThreads * sizeof(float);
+  vfmvae::launch_with_shared(sum_of_squares, grid, dim3(kThreads), shared, 0, x, out, count);
 }
 extern "C" void run_into_deadlock() { vfmvae::launch(wait_apart, dim3(1), dim3(32), 0); }
