@@ -1,8 +1,9 @@
 // What the kernels of group_norm share: how a map is cut into tiles, and the activations.
 //
 // Maps are [batch, pixels, channels]. A tile is a range of pixels of one sample. A block takes a tile (and
-// a part of it where channels are very many); its threads form `rows` x `columns`. A thread owns V neighbouring channels,
-// which it reads at once, and every rows-th pixel, so that neighbouring threads read neighbouring memory.
+// a part of it where channels are very many); its threads form `rows` x `columns`. A thread owns V
+// neighbouring channels, which it reads at once, and every rows-th pixel, so that neighbouring threads read
+// neighbouring memory.
 #pragma once
 
 #include <algorithm>

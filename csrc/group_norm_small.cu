@@ -1,7 +1,7 @@
 // group_norm on CUDA where a block can hold the values of a (sample, group) in its registers: one kernel
 // forward, one (and the sum over samples) backward, and every value is read once. For the decoder's maps up
-// to 32 x 32, whose time is otherwise that of starting kernels. The same threads as in group_norm.cuh, with the
-// group's channels as columns.
+// to 32 x 32, whose time is otherwise that of starting kernels. The same threads as in group_norm.cuh, with
+// the group's channels as columns.
 #include "group_norm.cuh"
 #include "group_norm_small.cuh"
 
