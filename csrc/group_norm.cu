@@ -189,8 +189,8 @@ void launch_statistics(const GroupNormCudaTensors& tensors, DType type, bool ali
     using T = decltype(element);
     constexpr int kVector = decltype(vector)::value;
     const GroupNormTiling tiling = group_norm_tiling(batch, pixels, channels, kVector);
-    launch(group_norm_statistics_kernel<T, kVector>, group_norm_grid(tiling), group_norm_block(tiling), stream,
-           reinterpret_cast<const T*>(tensors.x), reinterpret_cast<float*>(tensors.partials),
+    launch(group_norm_statistics_kernel<T, kVector>, group_norm_grid(tiling), group_norm_block(tiling),
+           stream, reinterpret_cast<const T*>(tensors.x), reinterpret_cast<float*>(tensors.partials),
            reinterpret_cast<float*>(tensors.counts), tiling);
   });
 }

@@ -1,8 +1,9 @@
 // What the kernels of group_norm share: how a map is cut into tiles, and the activations.
 //
-// Maps are [batch, pixels, channels]. A tile is a range of pixels of one sample. A block takes a tile (and, of
-// very many channels, a part); its threads form `rows` x `columns`. A thread owns V neighbouring channels,
-// which it reads at once, and every rows-th pixel, so that neighbouring threads read neighbouring memory.
+// Maps are [batch, pixels, channels]. A tile is a range of pixels of one sample. A block takes a tile (and
+// a part of it where channels are very many); its threads form `rows` x `columns`. A thread owns V
+// neighbouring channels, which it reads at once, and every rows-th pixel, so that neighbouring threads read
+// neighbouring memory.
 #pragma once
 
 #include <algorithm>
@@ -87,8 +88,8 @@ inline dim3 group_norm_block(const GroupNormTiling& tiling) {
 }
 
 inline int64_t group_size(int64_t channels, int64_t groups) {
-  check(groups >= 1 && channels % groups == 0, std::to_string(channels) + " channels cannot be divided into " +
-                                                   std::to_string(groups) + " groups");
+  check(groups >= 1 && channels % groups == 0,
+        std::to_string(channels) + " channels cannot be divided into " + std::to_string(groups) + " groups");
   return channels / groups;
 }
 
@@ -135,7 +136,8 @@ __device__ __forceinline__ double block_sum(double value, double (&shared)[kGrou
   shared[threadIdx.x] = value;
   for (unsigned half = kGroupNormThreads / 2; half > 0; half /= 2) {
     __syncthreads();
-    if (threadIdx.x < half && threadIdx.x + half < blockDim.x) shared[threadIdx.x] += shared[threadIdx.x + half];
+    const unsigned other = threadIdx.x + half;
+    if (threadIdx.x < half && other < blockDim.x) shared[threadIdx.x] += shared[other];
   }
   __syncthreads();
   const double sum = shared[0];

@@ -1,7 +1,7 @@
 // group_norm on CUDA, backward, in the three steps of the forward. With z = style * (xhat * weight + bias),
 // g = grad * activation'(z) and n values in a group, of which the sums are taken:
 //
-//     grad of x = rstd * (style * weight * g - (sum(style * weight * g) + xhat * sum(style * weight * g * xhat)) / n)
+//     grad of x = rstd * (h - (sum(h) + xhat * sum(h * xhat)) / n)        with h = style * weight * g
 //
 // 1. Many blocks per sample sum g and g * (x - mean) per channel over a tile of pixels.
 // 2. One block per (sample, group) adds the tiles up and writes what step 3 needs per (sample, channel), the

@@ -1,7 +1,7 @@
 // group_norm on CUDA where a block can hold the values of a (sample, group) in its registers: one kernel
-// forward, one (and the sum over samples) backward, and every value is read once. For the decoder's maps up to
-// 32 x 32, whose time is otherwise that of starting kernels. The same threads as in group_norm.cuh, with the
-// group's channels as columns.
+// forward, one (and the sum over samples) backward, and every value is read once. For the decoder's maps up
+// to 32 x 32, whose time is otherwise that of starting kernels. The same threads as in group_norm.cuh, with
+// the group's channels as columns.
 #include "group_norm.cuh"
 #include "group_norm_small.cuh"
 
@@ -210,8 +210,8 @@ void launch_group_norm_small(const GroupNormCudaTensors& tensors, const GroupNor
                              int64_t batch, Activation activation, double eps, uintptr_t stream) {
   for_type_and_activation(type, activation, [&](auto element, auto function) {
     using T = decltype(element);
-    launch(group_norm_small_kernel<T, decltype(function)::value>, grid_of(size, batch), block_of(size), stream,
-           reinterpret_cast<const T*>(tensors.x), reinterpret_cast<const float*>(tensors.weight),
+    launch(group_norm_small_kernel<T, decltype(function)::value>, grid_of(size, batch), block_of(size),
+           stream, reinterpret_cast<const T*>(tensors.x), reinterpret_cast<const float*>(tensors.weight),
            reinterpret_cast<const float*>(tensors.bias), reinterpret_cast<const float*>(tensors.style),
            reinterpret_cast<float*>(tensors.table), reinterpret_cast<T*>(tensors.out), size, eps);
   });

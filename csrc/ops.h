@@ -96,9 +96,10 @@ struct GroupNormCudaTensors {
 // Tiles into which the CUDA form cuts a sample.
 int64_t group_norm_tiles(int64_t batch, int64_t pixels, int64_t channels);
 
-// out = activation(style * ((x - mean) * rstd * weight + bias)). With given_tiles > 0 the statistics are given:
-// partials [B, given_tiles, 2, C] holds the mean of each channel over a tile's pixels, and the sum of squared
-// deviations from it, and counts [given_tiles] how many pixels that are. With 0, and for small maps, they are computed from x.
+// out = activation(style * ((x - mean) * rstd * weight + bias)). With given_tiles > 0 the statistics are
+// given: partials [B, given_tiles, 2, C] holds the mean of each channel over a tile's pixels, and the sum of
+// squared deviations from it, and counts [given_tiles] how many pixels that are. With 0, and for small maps,
+// they are computed from x.
 void group_norm_cuda(const GroupNormCudaTensors& tensors, const std::string& dtype, int64_t batch,
                      int64_t pixels, int64_t channels, int64_t groups, int64_t given_tiles, double eps,
                      const std::string& activation, int device, uintptr_t stream);
