@@ -74,7 +74,7 @@ def _mlp_weight_grad_kernel(
     x_desc,
     style_ptr,
     demodulation_ptr,
-    plain_ptr,  # W1 [E, C] in float32
+    plain_desc,  # W1 [E, C] by [BN, BC]
     first_desc,  # [B, E, C] by [1, BN, BC]
     first_bias_ptr,
     second_desc,  # [E, C] by [BN, BC]
@@ -128,7 +128,7 @@ def _mlp_weight_grad_kernel(
         tl.store(sum_second_ptr + part * (E * C) + at, of_second, mask=inside)
         tl.store(sum_first_bias_ptr + part * E + e, of_bias, mask=some)
     style = tl.load(style_ptr + sample * C + c, mask=used, other=0.0)[None, :]
-    plain = tl.load(plain_ptr + at, mask=inside, other=0.0)
+    plain = plain_desc.load([chunk * BN, 0]).to(tl.float32)
     of_demodulation = tl.sum(of_first * (plain * style), 1)
     of_first *= scale[:, None]
     of_style = tl.sum(of_first * plain, 0)
@@ -197,7 +197,7 @@ def mlp_weight_grad(
     second: Tensor,
     of_weights: bool,
 ) -> Gradients:
-    """All gradients but that of x and of the last bias; plain is W1 [E, C] in float32."""
+    """All gradients but that of x and of the last bias; plain is W1 [E, C] in x.dtype."""
     batch, pixels, channels = x.shape
     hidden = first.shape[1]
     size = tile("weight_grad", channels, pixels, x.dtype)
@@ -219,7 +219,7 @@ def mlp_weight_grad(
             blocks(x, 1, size.pixels, width),
             style,
             demodulation,
-            plain,
+            blocks(plain, size.hidden, width),
             blocks(first, 1, size.hidden, width),
             first_bias,
             blocks(second, size.hidden, width),

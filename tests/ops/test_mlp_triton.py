@@ -29,11 +29,15 @@ def test_kernels_on_the_gpu() -> None:
 def compile_kernel(
     kernel: Any, channels: int, size: Any, element: str = "bf16", **constants: Any
 ) -> Resources:
-    """At E = 4C. A descriptor's block is told by its name: `second` is a matrix, the others are batched."""
+    """At E = 4C. A descriptor's block is told by its name: `second` and `plain` are matrices, the others batched."""
     from vfmvae.kernels.modulated_mlp import padded
 
     width = padded(channels)
-    rows = {"first_desc": f"1, {size.hidden}", "second_desc": f"{size.hidden}"}
+    rows = {
+        "first_desc": f"1, {size.hidden}",
+        "second_desc": f"{size.hidden}",
+        "plain_desc": f"{size.hidden}",
+    }
     signature = {}
     for name in kernel.arg_names:
         if name.endswith("_desc"):

@@ -137,7 +137,8 @@ def _gradients(
 
     first, second = _modulated(expand, style, x.dtype), _dense(contract.t(), x.dtype)
     of_contract_bias = mlp_input_grad(grad, x, demodulation, first, expand_bias, second, of_x)
-    found = mlp_weight_grad(grad, x, style, demodulation, expand, first, expand_bias, second, of_weights)
+    plain = _dense(expand, x.dtype)
+    found = mlp_weight_grad(grad, x, style, demodulation, plain, first, expand_bias, second, of_weights)
     if found.first is None or found.first_bias is None or found.second is None:
         return [found.style, found.demodulation]
     weights = [found.first, found.first_bias, found.second.t().contiguous(), of_contract_bias]
