@@ -90,12 +90,11 @@ def case(name: str, channels: int, side: int, batch: int) -> tuple[Callable[[], 
         return lambda: wide.input_grad(grad_z, plain, x, style, out), product
     if name == "forward":
         return lambda: narrow.mlp_fwd(x, x, scale, first, second, bias, last, out), 2 * product
-    if name == "input_grad":
-        return lambda: backward.mlp_input_grad(grad, x, scale, first, bias, second, out), 3 * product
-    return (
-        lambda: backward.mlp_weight_grad(grad, x, style, scale, plain, first, bias, second, True),
-        4 * product,
-    )
+    given = (grad, x, style, scale, plain, first, bias, second)
+    if name.startswith("input_grad"):
+        of_style = name == "input_grad_of_style"
+        return lambda: backward.mlp_input_grad(*given, out, of_style), 3 * product
+    return lambda: backward.mlp_weight_grad(*given), 4 * product
 
 
 def write(path: Path) -> None:
