@@ -1,8 +1,8 @@
 """Gradients of the modulated MLP for up to 256 channels; hidden numbers are computed again, not kept.
 
-One kernel goes through the hidden numbers for a tile of pixels and gives the gradient of x. The other goes
-through the pixels of a part of a sample for a chunk of hidden numbers and gives all else. Neither could keep
-both sums in registers. Parts are summed afterwards, always in the same order.
+One kernel goes through the hidden numbers for a tile of pixels and gives the gradient of x; asked for, also
+of style and d. The other goes through the pixels of a part of a sample for a chunk of hidden numbers and
+gives all else. Neither could keep both sums in registers. Parts are summed at last, in the same order always.
 
 Notation as in modulated_mlp.py; grad is the gradient of out. With h the input of GELU and z = W1 (style * x),
 
@@ -32,12 +32,16 @@ PROGRAMS = 4 * MULTIPROCESSORS
 def _mlp_input_grad_kernel(
     grad_desc,  # [B, P, C] by [1, BM, BC], like x and grad_x
     x_desc,
+    style_ptr,
     demodulation_ptr,
+    plain_desc,  # W1 [E, C] by [BN, BC]
     first_desc,  # [B, E, C] by [1, BN, BC]
     first_bias_ptr,
     second_desc,  # [E, C] by [BN, BC]
     grad_x_desc,
-    sum_grad_ptr,  # [B * tiles, C]: sums of grad over the pixels of each tile
+    sum_grad_ptr,  # [B * tiles, C]: sums over the pixels of each tile
+    sum_style_ptr,  # [B * tiles, C]
+    sum_demodulation_ptr,  # [B * tiles, E]
     tiles,
     C: tl.constexpr,
     E: tl.constexpr,
@@ -45,26 +49,38 @@ def _mlp_input_grad_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     GELU: tl.constexpr,
+    OF_STYLE: tl.constexpr,
 ):
     program = tl.program_id(0)
     sample = program // tiles
     pixel = (program % tiles) * BM
     c = tl.arange(0, BC)
     grad = grad_desc.load([sample, pixel, 0]).reshape(BM, BC)
-    tl.store(sum_grad_ptr + program.to(tl.int64) * C + c, tl.sum(grad.to(tl.float32), 0), mask=c < C)
+    used = c < C
+    sums = program.to(tl.int64) * C + c
+    tl.store(sum_grad_ptr + sums, tl.sum(grad.to(tl.float32), 0), mask=used)
     x = x_desc.load([sample, pixel, 0]).reshape(BM, BC)
     grad_x = tl.zeros((BM, BC), tl.float32)
     for chunk in range(0, E, BN):
         e = chunk + tl.arange(0, BN)
         first = first_desc.load([sample, chunk, 0]).reshape(BN, BC)
         second = second_desc.load([chunk, 0])
-        scale = tl.load(demodulation_ptr + sample * E + e, mask=e < E, other=0.0)
-        bias = tl.load(first_bias_ptr + e, mask=e < E, other=0.0)
-        hidden = tl.dot(x, tl.trans(first), input_precision="ieee") * scale[None, :] + bias[None, :]
+        some = e < E
+        scale = tl.load(demodulation_ptr + sample * E + e, mask=some, other=0.0)
+        bias = tl.load(first_bias_ptr + e, mask=some, other=0.0)
+        z = tl.dot(x, tl.trans(first), input_precision="ieee")
         grad_hidden = tl.dot(grad, tl.trans(second), input_precision="ieee")
-        _, slope = gelu_and_slope(hidden, GELU)
-        grad_hidden *= slope * scale[None, :]
+        _, slope = gelu_and_slope(z * scale[None, :] + bias[None, :], GELU)
+        grad_hidden *= slope
+        if OF_STYLE:
+            of_scale = tl.sum(grad_hidden * z, 0)
+            tl.store(sum_demodulation_ptr + program.to(tl.int64) * E + e, of_scale, mask=some)
+            first = plain_desc.load([chunk, 0])
+        grad_hidden *= scale[None, :]
         grad_x = tl.dot(grad_hidden.to(x.dtype), first, grad_x, input_precision="ieee")
+    if OF_STYLE:
+        tl.store(sum_style_ptr + sums, tl.sum(grad_x * x.to(tl.float32), 0), mask=used)
+        grad_x *= tl.load(style_ptr + sample * C + c, mask=used, other=0.0)[None, :]
     grad_x_desc.store([sample, pixel, 0], grad_x.to(x.dtype).reshape(1, BM, BC))
 
 
@@ -74,7 +90,7 @@ def _mlp_weight_grad_kernel(
     x_desc,
     style_ptr,
     demodulation_ptr,
-    plain_ptr,  # W1 [E, C] in float32
+    plain_desc,  # W1 [E, C] by [BN, BC]
     first_desc,  # [B, E, C] by [1, BN, BC]
     first_bias_ptr,
     second_desc,  # [E, C] by [BN, BC]
@@ -92,7 +108,6 @@ def _mlp_weight_grad_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     GELU: tl.constexpr,
-    OF_WEIGHTS: tl.constexpr,
 ):
     chunks: tl.constexpr = (E + BN - 1) // BN
     part = (tl.program_id(0) // chunks).to(tl.int64)
@@ -119,71 +134,95 @@ def _mlp_weight_grad_kernel(
         grad_hidden *= slope
         of_bias += tl.sum(grad_hidden, 1)
         of_first = tl.dot(grad_hidden.to(x.dtype), x, of_first, input_precision="ieee")
-        if OF_WEIGHTS:
-            of_second = tl.dot(activated.to(x.dtype), grad, of_second, input_precision="ieee")
+        of_second = tl.dot(activated.to(x.dtype), grad, of_second, input_precision="ieee")
 
     at = e[:, None] * C + c[None, :]
     inside = some[:, None] & used[None, :]
-    if OF_WEIGHTS:
-        tl.store(sum_second_ptr + part * (E * C) + at, of_second, mask=inside)
-        tl.store(sum_first_bias_ptr + part * E + e, of_bias, mask=some)
+    tl.store(sum_second_ptr + part * (E * C) + at, of_second, mask=inside)
+    tl.store(sum_first_bias_ptr + part * E + e, of_bias, mask=some)
     style = tl.load(style_ptr + sample * C + c, mask=used, other=0.0)[None, :]
-    plain = tl.load(plain_ptr + at, mask=inside, other=0.0)
+    plain = plain_desc.load([chunk * BN, 0]).to(tl.float32)
     of_demodulation = tl.sum(of_first * (plain * style), 1)
     of_first *= scale[:, None]
     of_style = tl.sum(of_first * plain, 0)
     tl.store(sum_demodulation_ptr + part * E + e, of_demodulation, mask=some)
     tl.store(sum_style_ptr + (part * chunks + chunk) * C + c, of_style, mask=used)
-    if OF_WEIGHTS:
-        tl.store(sum_first_ptr + part * (E * C) + at, of_first * style, mask=inside)
+    tl.store(sum_first_ptr + part * (E * C) + at, of_first * style, mask=inside)
 
 
 class Gradients(NamedTuple):
-    """In float32; None where gradients of weights are not asked for."""
+    """All but those of x and of the last bias, in float32."""
 
     style: Tensor
     demodulation: Tensor
-    first: Tensor | None
-    first_bias: Tensor | None
-    second: Tensor | None
+    first: Tensor
+    first_bias: Tensor
+    second: Tensor
+
+
+class InputGradients(NamedTuple):
+    """In float32. style and demodulation are None where they are not asked for."""
+
+    last_bias: Tensor
+    style: Tensor | None
+    demodulation: Tensor | None
 
 
 def mlp_input_grad(
     grad: Tensor,
     x: Tensor,
+    style: Tensor,
     demodulation: Tensor,
+    plain: Tensor,
     first: Tensor,
     first_bias: Tensor,
     second: Tensor,
     grad_x: Tensor,
-) -> Tensor:
-    """Fills grad_x [B, P, C]; returns the sum of grad over samples and pixels, [C] in float32."""
+    of_style: bool,
+) -> InputGradients:
+    """Fills grad_x [B, P, C]. With `of_style` also sums for style and d, which mlp_weight_grad gives cheaper
+    where it runs anyway. plain is W1 [E, C] in x.dtype."""
     batch, pixels, channels = x.shape
-    size = tile("input_grad", channels, pixels, x.dtype)
+    hidden = first.shape[1]
+    size = tile("input_grad_of_style" if of_style else "input_grad", channels, pixels, x.dtype)
     width = padded(channels)
     tiles = triton.cdiv(pixels, size.pixels)
-    sums = torch.empty(batch * tiles, channels, dtype=torch.float32, device=x.device)
+
+    def sums(count: int) -> Tensor:
+        return torch.empty(batch * tiles, count, dtype=torch.float32, device=x.device)
+
+    of_last_bias = sums(channels)
+    # Kernels want a pointer also where they write nothing.
+    of_styles, of_scales = (sums(channels), sums(hidden)) if of_style else (of_last_bias, of_last_bias)
     with torch.cuda.device_of(x):
         _mlp_input_grad_kernel[(batch * tiles,)](
             blocks(grad, 1, size.pixels, width),
             blocks(x, 1, size.pixels, width),
+            style,
             demodulation,
+            blocks(plain, size.hidden, width),
             blocks(first, 1, size.hidden, width),
             first_bias,
             blocks(second, size.hidden, width),
             blocks(grad_x, 1, size.pixels, width),
-            sums,
+            of_last_bias,
+            of_styles,
+            of_scales,
             tiles,
             C=channels,
-            E=first.shape[1],
+            E=hidden,
             BC=width,
             BM=size.pixels,
             BN=size.hidden,
             GELU=gelu_form(x.dtype, x.is_cuda),
+            OF_STYLE=of_style,
             num_warps=size.warps,
             num_stages=size.stages,
         )
-    return sums.sum(0)
+    if not of_style:
+        return InputGradients(of_last_bias.sum(0), None, None)
+    per_sample = (t.view(batch, tiles, -1).sum(1) for t in (of_styles, of_scales))
+    return InputGradients(of_last_bias.sum(0), *per_sample)
 
 
 def mlp_weight_grad(
@@ -195,9 +234,8 @@ def mlp_weight_grad(
     first: Tensor,
     first_bias: Tensor,
     second: Tensor,
-    of_weights: bool,
 ) -> Gradients:
-    """All gradients but that of x and of the last bias; plain is W1 [E, C] in float32."""
+    """All gradients but that of x and of the last bias; plain is W1 [E, C] in x.dtype."""
     batch, pixels, channels = x.shape
     hidden = first.shape[1]
     size = tile("weight_grad", channels, pixels, x.dtype)
@@ -210,16 +248,15 @@ def mlp_weight_grad(
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     of_style, of_demodulation = sums(parts, chunks, channels), sums(parts, hidden)
-    # Kernels want a pointer also where they write nothing.
-    matrix, vector = ((parts, hidden, channels), (parts, hidden)) if of_weights else ((0,), (0,))
-    of_first, of_first_bias, of_second = sums(*matrix), sums(*vector), sums(*matrix)
+    of_first, of_second = sums(parts, hidden, channels), sums(parts, hidden, channels)
+    of_first_bias = sums(parts, hidden)
     with torch.cuda.device_of(x):
         _mlp_weight_grad_kernel[(parts * chunks,)](
             blocks(grad, 1, size.pixels, width),
             blocks(x, 1, size.pixels, width),
             style,
             demodulation,
-            plain,
+            blocks(plain, size.hidden, width),
             blocks(first, 1, size.hidden, width),
             first_bias,
             blocks(second, size.hidden, width),
@@ -237,14 +274,11 @@ def mlp_weight_grad(
             BM=size.pixels,
             BN=size.hidden,
             GELU=gelu_form(x.dtype, x.is_cuda),
-            OF_WEIGHTS=of_weights,
             num_warps=size.warps,
             num_stages=size.stages,
         )
     of_style = of_style.view(batch, splits * chunks, channels).sum(1)
     of_demodulation = of_demodulation.view(batch, splits, hidden).sum(1)
-    if not of_weights:
-        return Gradients(of_style, of_demodulation, None, None, None)
     return Gradients(of_style, of_demodulation, of_first.sum(0), of_first_bias.sum(0), of_second.sum(0))
 
 

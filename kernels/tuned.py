@@ -24,27 +24,48 @@ class Tile(NamedTuple):
 
 
 WIDE = 1 << 30
+"""Stands for any number of channels."""
 
-MEASURED = "not yet measured: chosen by registers, shared memory and reads of the L2 cache, for an H100"
-"""Card and date of TILES."""
-
-# kernel -> largest number of channels (a power of two) -> tile, for 16-bit numbers.
+# kernel -> largest number of channels -> tile, for 16-bit numbers.
+# begin: benchmarks/tune.py --write replaces these lines
+MEASURED = "not yet measured: chosen by registers, shared memory and reads of the L2 cache"
 TILES: dict[str, dict[int, Tile]] = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
     "input_grad": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-    "weight_grad": {64: Tile(64, 64, 4, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
+    "input_grad_of_style": {64: Tile(128, 32, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "weight_grad": {64: Tile(64, 64, 4, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
     "expand": {WIDE: Tile(128, 256, 8, 3)},
     "contract": {WIDE: Tile(128, 256, 8, 3)},
     "hidden_grad": {WIDE: Tile(128, 128, 8, 4)},
     "wide_input_grad": {WIDE: Tile(128, 256, 8, 3)},
 }
+# end
 
-# What benchmarks/tune.py tries besides.
+# What benchmarks/tune.py tries besides. None of these spills in Triton 3.6 or 3.8.
 CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
-        128: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(128, 64, 8, 2), Tile(128, 128, 8, 2)),
+        128: (
+            Tile(128, 32, 8, 3),
+            Tile(128, 32, 8, 2),
+            Tile(128, 64, 8, 2),
+            Tile(128, 128, 8, 2),
+            Tile(64, 64, 4, 3),
+        ),
         256: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2)),
     },
+    "input_grad": {
+        128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2)),
+        256: (Tile(64, 64, 8, 2),),
+    },
+    "input_grad_of_style": {128: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2))},
+    "weight_grad": {
+        128: (Tile(32, 128, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
+        256: (Tile(32, 64, 8, 3), Tile(16, 64, 8, 3)),
+    },
+    "expand": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4), Tile(128, 128, 4, 3))},
+    "contract": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4), Tile(128, 128, 4, 3))},
+    "hidden_grad": {WIDE: (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3))},
+    "wide_input_grad": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4))},
 }
 
 FLOAT32 = Tile(16, 16, 4, 1)

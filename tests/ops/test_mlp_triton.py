@@ -29,11 +29,15 @@ def test_kernels_on_the_gpu() -> None:
 def compile_kernel(
     kernel: Any, channels: int, size: Any, element: str = "bf16", **constants: Any
 ) -> Resources:
-    """At E = 4C. A descriptor's block is told by its name: `second` is a matrix, the others are batched."""
+    """At E = 4C. The blocks of `second` and `plain` are matrices, the other blocks belong to a sample."""
     from vfmvae.kernels.modulated_mlp import padded
 
     width = padded(channels)
-    rows = {"first_desc": f"1, {size.hidden}", "second_desc": f"{size.hidden}"}
+    rows = {
+        "first_desc": f"1, {size.hidden}",
+        "second_desc": f"{size.hidden}",
+        "plain_desc": f"{size.hidden}",
+    }
     signature = {}
     for name in kernel.arg_names:
         if name.endswith("_desc"):
@@ -47,9 +51,9 @@ def compile_kernel(
 
 KERNELS = {
     "forward": ("modulated_mlp", "_mlp_fwd_kernel", {}),
-    "input_grad": ("modulated_mlp_backward", "_mlp_input_grad_kernel", {}),
-    "weight_grad": ("modulated_mlp_backward", "_mlp_weight_grad_kernel", {"OF_WEIGHTS": True}),
-    "weight_grad of inputs": ("modulated_mlp_backward", "_mlp_weight_grad_kernel", {"OF_WEIGHTS": False}),
+    "input_grad": ("modulated_mlp_backward", "_mlp_input_grad_kernel", {"OF_STYLE": False}),
+    "input_grad_of_style": ("modulated_mlp_backward", "_mlp_input_grad_kernel", {"OF_STYLE": True}),
+    "weight_grad": ("modulated_mlp_backward", "_mlp_weight_grad_kernel", {}),
 }
 
 
@@ -61,9 +65,8 @@ def test_kernels_compile_for_hopper_without_spills(name: str, channels: int) -> 
 
     module, kernel_name, constants = KERNELS[name]
     kernel = getattr(importlib.import_module(f"vfmvae.kernels.{module}"), kernel_name)
-    table = name.split()[0]
-    sizes = [tile(table, channels, 1 << 16, torch.bfloat16), tile(table, channels, 64, torch.bfloat16)]
-    sizes += CANDIDATES.get(table, {}).get(channels, ())
+    sizes = [tile(name, channels, 1 << 16, torch.bfloat16), tile(name, channels, 64, torch.bfloat16)]
+    sizes += CANDIDATES.get(name, {}).get(channels, ())
     for size in dict.fromkeys(sizes):
         resources = compile_kernel(kernel, channels, size, **constants)
         assert resources.spilled == 0 and resources.shared <= SHARED_LIMIT, (size, resources)

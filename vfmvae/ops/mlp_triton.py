@@ -136,11 +136,12 @@ def _gradients(
     from vfmvae.kernels.modulated_mlp_backward import mlp_input_grad, mlp_weight_grad
 
     first, second = _modulated(expand, style, x.dtype), _dense(contract.t(), x.dtype)
-    of_contract_bias = mlp_input_grad(grad, x, demodulation, first, expand_bias, second, of_x)
-    found = mlp_weight_grad(grad, x, style, demodulation, expand, first, expand_bias, second, of_weights)
-    if found.first is None or found.first_bias is None or found.second is None:
-        return [found.style, found.demodulation]
-    weights = [found.first, found.first_bias, found.second.t().contiguous(), of_contract_bias]
+    given = (grad, x, style, demodulation, _dense(expand, x.dtype), first, expand_bias, second)
+    of_inputs = mlp_input_grad(*given, of_x, of_style=not of_weights)
+    if of_inputs.style is not None and of_inputs.demodulation is not None:
+        return [of_inputs.style, of_inputs.demodulation]
+    found = mlp_weight_grad(*given)
+    weights = [found.first, found.first_bias, found.second.t().contiguous(), of_inputs.last_bias]
     return [found.style, found.demodulation, *weights]
 
 
