@@ -80,7 +80,7 @@ def parts(device: str, output: Path, architecture: str | None) -> list[Part]:
     size = ["--dtype", "bf16", "--size", "full"] if cuda else ["--size", "demo", "--repeats", "2"]
     speed = benchmark("kernels", f"kernels-{device}", device, output, *size)
     compared = benchmark("kernels", f"kernels-compile-{device}", device, output, *size, "--compile")
-    images = [] if cuda else ["--config", "demo"]
+    images = ["--minutes", "2"] if cuda else ["--config", "demo"]
     throughput = benchmark("throughput", f"throughput-{device}", device, output, *images)
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or the next tensor hides a write past the end
     table = [
