@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vfmvae import ops
 from vfmvae.ops.conv import _DEPTHWISE
+from vfmvae.ops.conv_norm import _DEPTHWISE_GROUP_NORM
 from vfmvae.ops.dispatch import Op
 from vfmvae.ops.gated import _GEGLU
 from vfmvae.ops.mlp import _MODULATED_MLP, _MODULATED_TO_RGB
@@ -31,7 +32,7 @@ Shape = tuple[int, ...]
 BLOCKS: dict[str, list[Shape]] = {  # [B, C, H, W] in the decoder's blocks; upsample_blur ends there
     "demo": [(8, 64, 8, 8), (8, 64, 16, 16), (8, 32, 32, 32), (8, 16, 64, 64)],
     "full": [(1, 512, 32, 32), (1, 512, 64, 64), (1, 256, 128, 128), (1, 128, 256, 256)],
-    "odd": [(1, 12, 5, 7), (3, 24, 9, 33)],
+    "odd": [(1, 12, 5, 7), (3, 24, 9, 33), (2, 128, 17, 40)],
 }
 TOKENS: dict[str, list[Shape]] = {  # [B, N, C] inside the latent fusion
     "demo": [(8, 64, 256)],
@@ -105,6 +106,18 @@ def group_norm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
     return Case(norm, tensors, 1, flops(8 * math.prod(shape)), "fma", reads=(0, 1))
 
 
+def depthwise_group_norm(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    batch, channels = shape[:2]
+    groups = max(1, min(32, channels // 4))
+    weights = [torch.randn(channels, 1, 7, 7, device=device) / 7, *torch.randn(3, channels, device=device)]
+    tensors = [activations(shape, dtype, device), torch.randn(batch, channels, device=device), *weights]
+
+    def layer(x: Tensor, style: Tensor, conv: Tensor, bias: Tensor, *norm: Tensor, fused: str) -> Tensor:
+        return ops.depthwise_group_norm(x, conv, bias, None, groups, *norm, style=style, fused=fused)
+
+    return Case(layer, tensors, 2, flops(2 * 49 * math.prod(shape)), "fma", reads=tuple(range(6)))
+
+
 def modulated_mlp(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
     batch, channels = shape[:2]
     hidden = 4 * channels
@@ -143,6 +156,7 @@ OPERATIONS = {
     "modulated_mlp": Operation(_MODULATED_MLP, modulated_mlp),
     "depthwise_conv2d": Operation(_DEPTHWISE, depthwise_conv2d),
     "group_norm": Operation(_GROUP_NORM, group_norm),
+    "depthwise_group_norm": Operation(_DEPTHWISE_GROUP_NORM, depthwise_group_norm),
     "upsample_blur": Operation(_UPSAMPLE_BLUR, upsample_blur),
     "modulated_to_rgb": Operation(_MODULATED_TO_RGB, modulated_to_rgb),
     "geglu": Operation(_GEGLU, geglu, TOKENS),

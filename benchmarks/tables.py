@@ -112,7 +112,7 @@ def _provenance(result: dict[str, Any]) -> str:
     """Date, device, versions and measured rates."""
     rates = result.get("ceilings", result)
     parts = [f"{key} {result[key]}" for key in WHERE[2:] if result.get(key)]
-    parts += [f"copy {rates['copy_bytes_per_second'] / 1e12:.2f} TB/s"]
+    parts += [f"copy {rates['copy_bytes_per_second'] / 1e9:.3g} GB/s"]
     parts += [f"matrix product {rates['matrix_flops'] / 1e12:.3g} TFLOP/s"]
     return ", ".join([result["date"], result.get("device_name") or result["device"], *parts])
 

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from common import RESULTS, Ceilings, measure_ceilings, one_line, provenance, seconds
+from common import RESULTS, Ceilings, measure_ceilings, one_line, provenance, seconds, write_result
 from published_step import PublishedStep
 from rich.console import Console
 from rich.table import Table
@@ -87,7 +87,7 @@ def main() -> int:
         ceilings = Ceilings(*map(float, options.ceilings.split(",")))
         return int(not measure(Side(size, route), options, device, ceilings))
     ceilings = measure_ceilings(device, DTYPES[options.dtype])
-    write_rows(options.json, [])
+    write_result(options.json, [])
     for side in sides(options.config, device.type):
         left_s = end - time.monotonic()
         if side.route == "compile" and side.size == "full" and device.type == "cpu":
@@ -327,13 +327,8 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-
-
 def add_row(path: Path, row: dict[str, Any]) -> None:
-    write_rows(path, [*(json.loads(path.read_text(encoding="utf-8")) if path.exists() else []), row])
+    write_result(path, [*(json.loads(path.read_text(encoding="utf-8")) if path.exists() else []), row])
 
 
 def show(rows: list[dict[str, Any]], where: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ def test_the_demo_s_arithmetic_is_as_counted() -> None:
 
 def test_rows_of_one_side(tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
-    throughput.write_rows(output, [{"earlier": "row"}])
+    common.write_result(output, [{"earlier": "row"}])
     options = argparse.Namespace(batch=1, dtype="fp32", json=output)
     assert throughput.measure(throughput.Side("demo", "fused"), options, CPU, CEILINGS)
     earlier, *rows = json.loads(output.read_text())
