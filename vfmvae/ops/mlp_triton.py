@@ -38,6 +38,16 @@ def why_not(residual: Tensor, x: Tensor, style: Tensor, expand: Tensor, *_: Tens
 def why_not_first(residual: Tensor, x: Tensor, *_: Tensor) -> str | None:
     if x.dtype == torch.float32:
         return "products of float32 are faster by cuBLAS"
+    return _older_card(x.device.index or 0) if x.device.type == "cuda" else None
+
+
+@torch.compiler.assume_constant_result
+def _older_card(device_index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(device_index)
+    if capability < (9, 0):
+        return (
+            f"its tiles are too large for cards before Hopper, and this is sm_{capability[0]}{capability[1]}"
+        )
     return None
 
 
