@@ -32,6 +32,13 @@ def test_groups_are_contiguous() -> None:
     assert torch.equal(norm(x)[:8], norm(other)[:8])
 
 
+def test_batches_that_come_together_are_kept_apart() -> None:
+    norm = LocalBatchNorm(3)
+    for size in (3, 8, 16):
+        one, other = torch.randn(2, size, 3, 5)
+        torch.testing.assert_close(norm(torch.cat((one, other)), 2), torch.cat((norm(one), norm(other))))
+
+
 def test_16_bit_input_has_float32_statistics() -> None:
     x = torch.randn(8, 4, 4096) + 40
     norm = LocalBatchNorm(4)

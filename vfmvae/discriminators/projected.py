@@ -134,9 +134,13 @@ class ProjectedDiscriminator(nn.Module):
             outputs, _ = self.encoder.all_tokens(self.encoder.prepare(images), set(self.positions))
         return [self.readout(outputs[position]) for position in self.positions]
 
-    def judge(self, features: Sequence[Tensor], c: Tensor | None = None) -> Tensor:
-        """Logits [B, layers * N] float32 of what `features` gave, by the heads, which are trained."""
-        return torch.cat([head(x, c) for head, x in zip(self.heads, features, strict=True)], dim=1)
+    def judge(self, features: Sequence[Tensor], c: Tensor | None = None, batches: int = 1) -> Tensor:
+        """Logits [B, layers * N] float32 of what `features` gave, by the heads, which are trained.
+
+        `batches`: B images are so many batches one after another, which the batch norms keep apart.
+        """
+        logits = [head(x, c, batches) for head, x in zip(self.heads, features, strict=True)]
+        return torch.cat(logits, dim=1)
 
     def iterate_spectral_norms(self) -> None:
         """One power iteration in every head, for a step whose passes all run in eval mode."""
@@ -183,15 +187,15 @@ class ProjectedHead(nn.Module):
         self.last = SpectralConv1d(width, CONDITION_WIDTH if c_dim else 1)
         self.condition = _Condition(c_dim) if c_dim else None
 
-    def forward(self, tokens: Tensor, c: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, c: Tensor | None = None, batches: int = 1) -> Tensor:
         if (c is None) != (self.condition is None):
             raise ValueError(
                 "the discriminator has a condition and was given none"
                 if c is None
                 else "the discriminator was given a condition but has c_dim 0"
             )
-        x = self.first(tokens.transpose(1, 2))  # [B, C, N]
-        x = (self.residual(x) + x) * 0.5**0.5
+        x = self.first(tokens.transpose(1, 2), batches)  # [B, C, N]
+        x = (self.residual(x, batches) + x) * 0.5**0.5
         x = self.last(x)  # [B, 1 or 64, N]
         logits = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.condition is not None:
@@ -208,8 +212,8 @@ class _Block(nn.Module):
         self.conv = SpectralConv1d(width, width, kernel)
         self.norm = LocalBatchNorm(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(self.norm(self.conv(x)), SLOPE)
+    def forward(self, x: Tensor, batches: int) -> Tensor:
+        return F.leaky_relu(self.norm(self.conv(x), batches), SLOPE)
 
 
 class _Condition(nn.Module):

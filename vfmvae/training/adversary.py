@@ -59,8 +59,10 @@ class ProjectedAdversary(nn.Module):
         penalised = weights.get("r1", 0.0)
         if penalised:
             real = real.detach().requires_grad_()
-        of_real = self.discriminator.judge(self.look(real, draws, sigma, double_backward=bool(penalised)))
-        loss = hinge_discriminator_loss(of_real, self.discriminator.judge(fake))
+        looked = self.look(real, draws, sigma, double_backward=bool(penalised))
+        both = [torch.cat(pair) for pair in zip(looked, fake, strict=True)]
+        of_real, of_fake = self.discriminator.judge(both, batches=2).chunk(2)
+        loss = hinge_discriminator_loss(of_real, of_fake)
         return loss + penalised * r1_penalty(real, of_real) if penalised else loss
 
     def generator_losses(
