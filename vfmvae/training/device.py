@@ -89,7 +89,7 @@ def set_precision(*, deterministic: bool) -> None:
     Args:
         deterministic: True: the same inputs give the same bits on the same device. PyTorch warns about each
             operation that has no such form, and cuBLAS asks for CUBLAS_WORKSPACE_CONFIG=:4096:8 in the
-            environment. False: cuDNN times its algorithms at the first batch of each shape and keeps the
+            environment. False: cuDNN times a few algorithms at the first batch of each shape and keeps the
             fastest, so runs agree to rounding only.
     """
     # The older of two families of settings: once the newer one (fp32_precision) has been used, reading
@@ -98,6 +98,8 @@ def set_precision(*, deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    # The likely ones come first, and a step has a hundred shapes: trying all takes a minute per image size.
+    torch.backends.cudnn.benchmark_limit = 3
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # That also fills fresh memory with NaN, which finds reads of it but costs a pass over every result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
