@@ -22,9 +22,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vfmvae.kernels.gelu import gelu, gelu_form
 from vfmvae.kernels.tuned import tile
 
-MOST_CHANNELS = 256
-"""With more, a tile and its accumulator do not fit the registers: kernels/modulated_mlp_wide.py."""
-
 
 @triton.jit
 def _mlp_fwd_kernel(

@@ -27,8 +27,8 @@ NAMES = ("output", "residual", "x", "style", "w1", "b1", "w2", "b2", "gamma")
 # One pixel, pixels that fill no tile, channels that fill no tile, more samples than one, several parts.
 SMALL = [(1, 8, 1, 1), (2, 16, 5, 7), (3, 24, 4, 3), (2, 40, 9, 16), (1, 16, 37, 41)]
 LARGE = [(2, 128, 48, 48), (1, 256, 33, 31), (8, 128, 24, 24), (2, 96, 40, 40), (1, 64, 64, 65)]
-# More channels than one kernel takes.
-WIDE_SMALL = [(2, 264, 3, 7), (3, 320, 9, 1)]
+# More channels than one kernel takes: in the backward alone, and in both passes.
+WIDE_SMALL = [(2, 136, 4, 5), (2, 264, 3, 7), (3, 320, 9, 1)]
 WIDE_LARGE = [(2, 512, 33, 31), (3, 512, 8, 8), (1, 384, 20, 20)]
 
 
@@ -126,7 +126,7 @@ def test_layouts_of_the_inputs_and_of_the_gradient_do_not_matter() -> None:
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("channels", [16, 40, 264])
+@pytest.mark.parametrize("channels", [16, 40, 136, 264])
 def test_gradients_of_inputs_alone(channels: int, poisoned_empty: None) -> None:
     dtype = torch.bfloat16
     inputs = [t.requires_grad_() for t in mlp_inputs((2, channels, 12, 13), dtype, 136)]

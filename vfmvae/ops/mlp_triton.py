@@ -74,15 +74,16 @@ def _run(
     contract: Tensor,
     contract_bias: Tensor,
 ) -> Tensor:
-    from vfmvae.kernels.modulated_mlp import MOST_CHANNELS, mlp_fwd
+    from vfmvae.kernels.modulated_mlp import mlp_fwd
     from vfmvae.kernels.modulated_mlp_wide import wide_fwd
+    from vfmvae.kernels.tuned import MOST_CHANNELS
 
     out = torch.empty_like(x, memory_format=torch.channels_last)
     if x.numel() == 0:
         return out
     dtype, residual, x = x.dtype, _pixels(residual), _pixels(x)
     biases = _plain(expand_bias), _plain(contract_bias)
-    if x.shape[2] > MOST_CHANNELS:
+    if x.shape[2] > MOST_CHANNELS["forward"]:
         scaled, weights = _modulated(x, style, dtype), (_dense(expand, dtype), _dense(contract, dtype))
         wide_fwd(residual, scaled, _plain(demodulation), *weights, *biases, _pixels(out))
     else:
@@ -119,7 +120,7 @@ def _run_backward(
     contract: Tensor,
     of_weights: bool,
 ) -> list[Tensor]:
-    from vfmvae.kernels.modulated_mlp import MOST_CHANNELS
+    from vfmvae.kernels.tuned import MOST_CHANNELS
 
     if x.numel() == 0:
         found = _backward_fake(grad, x, style, demodulation, expand, expand_bias, contract, of_weights)
@@ -127,7 +128,7 @@ def _run_backward(
     of_x = torch.empty_like(x, memory_format=torch.channels_last)
     grad, x = _pixels(grad.to(x.dtype)), _pixels(x)
     weights = _plain(style), _plain(demodulation), _plain(expand), _plain(expand_bias), contract
-    run = _wide_gradients if x.shape[2] > MOST_CHANNELS else _gradients
+    run = _wide_gradients if x.shape[2] > MOST_CHANNELS["backward"] else _gradients
     return [of_x, *run(grad, x, *weights, of_weights, _pixels(of_x))]
 
 
