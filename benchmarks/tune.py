@@ -73,27 +73,22 @@ def case(name: str, channels: int, side: int, batch: int) -> tuple[Callable[[], 
         return torch.randn(shape, generator=generator, device="cuda").to(dtype)
 
     x, grad, out = (normal(batch, pixels, channels) for _ in range(3))
-    plain, second = normal(hidden, channels), normal(hidden, channels)
-    first = normal(batch, hidden, channels)
+    first, second = normal(hidden, channels), normal(hidden, channels)
     scale = normal(batch, hidden, dtype=torch.float32).abs() * channels**-0.5
-    style, bias = (normal(*s, dtype=torch.float32) for s in ((batch, channels), (hidden,)))
-    last = normal(channels, dtype=torch.float32)
+    bias, last = (normal(size, dtype=torch.float32) for size in (hidden, channels))
     contract = second.t().contiguous()
     product = 2.0 * batch * pixels * channels * hidden
     narrow, backward, wide = modulated_mlp, modulated_mlp_backward, modulated_mlp_wide
     if name in ("expand", "contract"):  # both in one launch function: the other counts too
-        return lambda: wide.wide_fwd(x, x, scale, plain, contract, bias, last, out), 2 * product
+        return lambda: wide.wide_fwd(x, x, scale, first, contract, bias, last, out), 2 * product
     if name == "hidden_grad":
-        return lambda: wide.hidden_grad(grad, x, scale, plain, bias, contract, True), 2 * product
-    if name == "wide_input_grad":
-        grad_z = normal(batch, pixels, hidden)
-        return lambda: wide.input_grad(grad_z, plain, x, style, out), product
+        return lambda: wide.hidden_grad(grad, x, scale, first, bias, contract, True), 2 * product
     if name == "forward":
         return lambda: narrow.mlp_fwd(x, x, scale, first, second, bias, last, out), 2 * product
-    given = (grad, x, style, scale, plain, first, bias, second)
+    given = (grad, x, scale, first, bias, second)
     if name.startswith("input_grad"):
-        of_style = name == "input_grad_of_style"
-        return lambda: backward.mlp_input_grad(*given, out, of_style), 3 * product
+        of_scale = name == "input_grad_of_scale"
+        return lambda: backward.mlp_input_grad(*given, out, of_scale), 3 * product
     return lambda: backward.mlp_weight_grad(*given), 4 * product
 
 

@@ -1,11 +1,11 @@
 """The modulated MLP for up to 256 channels in one kernel: hidden numbers stay in registers.
 
-    out = residual + W2 gelu(d * (W1 (style * x)) + b1) + b2
+    out = residual + W2 gelu(d * (W1 x) + b1) + b2,    where x is modulated already
 
 A program holds a tile of pixels of one sample and goes through the hidden numbers in chunks: first product,
 demodulation, bias and GELU, second product into the accumulator. x, residual, out [B, P, C] (P pixels);
-first = W1 * style [B, E, C] and second = the transpose of W2 [E, C], all of one dtype; d [B, E], b1 [E] and
-b2 [C] in float32. modulated_mlp_backward.py holds the gradients.
+first = W1 and second = the transpose of W2, both [E, C], all of one dtype; d [B, E], b1 [E] and b2 [C] in
+float32. modulated_mlp_backward.py holds the gradients.
 
 Tiles come and go through tensor descriptors (TMA), which fill with zeros what lies outside a sample. Their
 rows must be multiples of 16 bytes.
@@ -28,9 +28,9 @@ def _mlp_fwd_kernel(
     residual_desc,  # [B, P, C] by [1, BM, BC], like x and out
     x_desc,
     demodulation_ptr,
-    first_desc,  # [B, E, C] by [1, BN, BC]
+    first_desc,  # [E, C] by [BN, BC], like second
     first_bias_ptr,
-    second_desc,  # [E, C] by [BN, BC]
+    second_desc,
     second_bias_ptr,
     out_desc,
     tiles,
@@ -50,7 +50,7 @@ def _mlp_fwd_kernel(
     x = x_desc.load([sample, pixel, 0]).reshape(BM, BC)
     for chunk in range(0, E, BN):
         e = chunk + tl.arange(0, BN)
-        first = first_desc.load([sample, chunk, 0]).reshape(BN, BC)
+        first = first_desc.load([chunk, 0])
         second = second_desc.load([chunk, 0])
         scale = tl.load(demodulation_ptr + sample * E + e, mask=e < E, other=0.0)
         bias = tl.load(first_bias_ptr + e, mask=e < E, other=0.0)
@@ -71,7 +71,7 @@ def mlp_fwd(
 ) -> None:
     """Fills out; shapes as in the module docstring, all dense."""
     batch, pixels, channels = x.shape
-    hidden = first.shape[1]
+    hidden = len(first)
     size = tile("forward", channels, pixels, x.dtype)
     width = padded(channels)
     tiles = triton.cdiv(pixels, size.pixels)
@@ -80,7 +80,7 @@ def mlp_fwd(
             blocks(residual, 1, size.pixels, width),
             blocks(x, 1, size.pixels, width),
             demodulation,
-            blocks(first, 1, size.hidden, width),
+            blocks(first, size.hidden, width),
             first_bias,
             blocks(second, size.hidden, width),
             second_bias,

@@ -37,12 +37,11 @@ MOST_CHANNELS = {"forward": 256, "backward": 128}
 TILES: dict[str, dict[int, Tile]] = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
     "input_grad": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-    "input_grad_of_style": {64: Tile(128, 32, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "input_grad_of_scale": {64: Tile(128, 32, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
     "weight_grad": {64: Tile(64, 64, 4, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
     "expand": {WIDE: Tile(128, 256, 8, 3)},
     "contract": {WIDE: Tile(128, 256, 8, 3)},
     "hidden_grad": {WIDE: Tile(128, 128, 8, 4)},
-    "wide_input_grad": {WIDE: Tile(128, 256, 8, 3)},
 }
 # end
 
@@ -62,7 +61,7 @@ CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
         128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2)),
         256: (Tile(64, 64, 8, 2),),
     },
-    "input_grad_of_style": {128: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2))},
+    "input_grad_of_scale": {128: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2))},
     "weight_grad": {
         128: (Tile(32, 128, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
         256: (Tile(32, 64, 8, 3), Tile(16, 64, 8, 3)),
@@ -70,7 +69,6 @@ CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "expand": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4), Tile(128, 128, 4, 3))},
     "contract": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4), Tile(128, 128, 4, 3))},
     "hidden_grad": {WIDE: (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3))},
-    "wide_input_grad": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4))},
 }
 
 FLOAT32 = Tile(16, 16, 4, 1)
