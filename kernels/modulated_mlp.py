@@ -103,8 +103,23 @@ def padded(channels: int) -> int:
 
 
 def blocks(tensor: Tensor, *shape: int) -> TensorDescriptor:
-    """Of a dense tensor, whatever strides torch gave its dimensions of size 1."""
-    strides = [1]
-    for size in reversed(tensor.shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return TensorDescriptor(tensor, list(tensor.shape), strides, list(shape))
+    """Of a dense tensor, whatever strides torch gave its dimensions of size 1, at a multiple of 16 bytes.
+
+    Triton checks a new descriptor for as long as the rest of the launch takes; here once per form of tensor.
+    """
+    form = (tensor.shape, tensor.dtype, shape)
+    fields = _KNOWN.get(form)
+    if fields is None:
+        strides = [1]
+        for size in reversed(tensor.shape[1:]):
+            strides.insert(0, strides[0] * size)
+        fields = dict(vars(TensorDescriptor(tensor, list(tensor.shape), strides, list(shape))))
+        del fields["base"]
+        _KNOWN[form] = fields
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(fields, base=tensor)
+    return descriptor
+
+
+_KNOWN: dict[tuple[torch.Size, torch.dtype, tuple[int, ...]], dict[str, object]] = {}
+"""All of a descriptor but its tensor."""

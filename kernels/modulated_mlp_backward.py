@@ -98,14 +98,14 @@ def _mlp_weight_grad_kernel(
     GELU: tl.constexpr,
 ):
     chunks: tl.constexpr = (E + BN - 1) // BN
-    part = (tl.program_id(0) // chunks).to(tl.int64)
+    part = tl.program_id(0) // chunks
     chunk = tl.program_id(0) % chunks  # programs that read the same pixels run at the same time
-    sample = (part // splits).to(tl.int32)
-    begin = (part % splits).to(tl.int32) * pixels_per_split
+    sample = part // splits
+    begin = (part % splits) * pixels_per_split
     end = tl.minimum(begin + pixels_per_split, pixels)
     e = chunk * BN + tl.arange(0, BN)
     c = tl.arange(0, BC)
-    some, used = e < E, c < C
+    some = e < E
     scale = tl.load(demodulation_ptr + sample * E + e, mask=some, other=0.0)
     bias = tl.load(first_bias_ptr + e, mask=some, other=0.0)
     first = first_desc.load([chunk * BN, 0])
@@ -124,17 +124,17 @@ def _mlp_weight_grad_kernel(
         of_first = tl.dot(grad_hidden.to(x.dtype), x, of_first, input_precision="ieee")
         of_second = tl.dot(activated.to(x.dtype), grad, of_second, input_precision="ieee")
 
-    at = e[:, None] * C + c[None, :]
-    inside = some[:, None] & used[None, :]
-    tl.store(sum_second_ptr + part * (E * C) + at, of_second, mask=inside)
-    tl.store(sum_first_bias_ptr + part * E + e, of_bias, mask=some)
+    inside = some[:, None] & (c < C)[None, :]
+    at = part.to(tl.int64) * (E * C) + e[:, None] * C + c[None, :]
+    tl.store(sum_second_ptr + at, of_second, mask=inside)
     of_demodulation = tl.sum(of_first * first_desc.load([chunk * BN, 0]).to(tl.float32), 1)
-    tl.store(sum_demodulation_ptr + part * E + e, of_demodulation, mask=some)
-    tl.store(sum_first_ptr + part * (E * C) + at, of_first * scale[:, None], mask=inside)
+    tl.store(sum_first_ptr + at, of_first * scale[:, None], mask=inside)
+    tl.store(sum_demodulation_ptr + part.to(tl.int64) * E + e, of_demodulation, mask=some)
+    tl.store(sum_first_bias_ptr + part.to(tl.int64) * E + e, of_bias, mask=some)
 
 
 class Gradients(NamedTuple):
-    """All but those of x and of the last bias, in float32."""
+    """All but those of x and of the last bias, in float32; first and second share memory."""
 
     demodulation: Tensor
     first: Tensor
@@ -205,7 +205,8 @@ def mlp_weight_grad(
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     of_demodulation, of_first_bias = sums(parts, hidden), sums(parts, hidden)
-    of_first, of_second = sums(parts, hidden, channels), sums(parts, hidden, channels)
+    of_both = sums(2, parts, hidden, channels)
+    of_first, of_second = of_both.unbind()
     with torch.cuda.device_of(x):
         _mlp_weight_grad_kernel[(parts * chunks,)](
             blocks(grad, 1, size.pixels, width),
@@ -231,7 +232,8 @@ def mlp_weight_grad(
             num_stages=size.stages,
         )
     of_demodulation = of_demodulation.view(batch, splits, hidden).sum(1)
-    return Gradients(of_demodulation, of_first.sum(0), of_first_bias.sum(0), of_second.sum(0))
+    of_first, of_second = of_both.sum(1).unbind()
+    return Gradients(of_demodulation, of_first, of_first_bias.sum(0), of_second)
 
 
 def split(pixels: int, step: int, programs: int) -> tuple[int, int]:
