@@ -26,14 +26,18 @@ class Tile(NamedTuple):
 WIDE = 1 << 30
 """Stands for any number of channels."""
 
-# MOST_CHANNELS of the kernels that keep hidden numbers in registers; with more, modulated_mlp_wide.py.
+# MOST_CHANNELS: pass -> up to which number of channels kernels that keep hidden numbers in registers are
+# faster than those of modulated_mlp_wide.py: the forward, the gradients of the inputs, and of everything.
 # TILES: kernel -> largest number of channels -> tile, for 16-bit numbers.
 # begin: benchmarks/tune.py --write replaces these lines
 MEASURED = "not yet measured: chosen by registers, shared memory and reads of the L2 cache"
-LIMITS_MEASURED = "NVIDIA H200, 2026-11-26, Triton 3.6.0, torch 2.11.0: ms of the backward, batch 8, bfloat16"
-# 256 channels at 128 px: fused 2.01 (of inputs alone 1.87), by matrix products 1.00 (0.65). 128 at 256 px:
-# fused 1.72, by matrix products 1.69, which keep 2 GB for it.
-MOST_CHANNELS = {"forward": 256, "backward": 128}
+LIMITS_MEASURED = (
+    "NVIDIA H200, 2026-11-26, Triton 3.6.0, torch 2.11.0+cu130; ms at batch 8",
+    "inputs, 256 channels: fused 1.87, PyTorch's products 0.65",
+    "weights, 256 channels: fused 2.01, PyTorch's products 1.00",
+    "weights, 128 channels: fused 1.72, PyTorch's products 1.69, for which 2 GB are kept",
+)
+MOST_CHANNELS = {"forward": 256, "inputs": 128, "weights": 128}
 TILES: dict[str, dict[int, Tile]] = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
     "input_grad": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
@@ -41,11 +45,19 @@ TILES: dict[str, dict[int, Tile]] = {
     "weight_grad": {64: Tile(64, 64, 4, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
     "expand": {WIDE: Tile(128, 256, 8, 3)},
     "contract": {WIDE: Tile(128, 256, 8, 3)},
-    "hidden_grad": {WIDE: Tile(128, 128, 8, 4)},
+    "hidden_grad": {256: Tile(128, 128, 8, 4), WIDE: Tile(128, 128, 8, 4)},
 }
 # end
 
 # What benchmarks/tune.py tries besides. None of these spills in Triton 3.6 or 3.8.
+HIDDEN_GRAD = (
+    Tile(128, 128, 8, 3),
+    Tile(64, 128, 8, 3),
+    Tile(64, 128, 4, 3),
+    Tile(64, 128, 4, 4),
+    Tile(128, 64, 8, 3),
+    Tile(128, 64, 4, 4),
+)
 CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
         128: (
@@ -58,17 +70,41 @@ CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
         256: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2)),
     },
     "input_grad": {
-        128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2)),
+        128: (
+            Tile(128, 32, 8, 2),
+            Tile(128, 32, 8, 3),
+            Tile(128, 64, 8, 3),
+            Tile(64, 128, 8, 2),
+            Tile(64, 64, 8, 2),
+            Tile(64, 64, 4, 2),
+            Tile(64, 64, 4, 3),
+            Tile(64, 32, 4, 3),
+        ),
         256: (Tile(64, 64, 8, 2),),
     },
-    "input_grad_of_scale": {128: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2))},
+    "input_grad_of_scale": {
+        128: (
+            Tile(128, 64, 8, 2),
+            Tile(128, 64, 8, 3),
+            Tile(128, 32, 8, 3),
+            Tile(64, 64, 4, 2),
+            Tile(64, 64, 4, 3),
+        )
+    },
     "weight_grad": {
-        128: (Tile(32, 128, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
+        128: (
+            Tile(32, 128, 8, 3),
+            Tile(32, 128, 8, 4),
+            Tile(32, 64, 4, 2),
+            Tile(64, 64, 8, 2),
+            Tile(64, 64, 4, 2),
+            Tile(64, 64, 4, 3),
+        ),
         256: (Tile(32, 64, 8, 3), Tile(16, 64, 8, 3)),
     },
     "expand": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4), Tile(128, 128, 4, 3))},
     "contract": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4), Tile(128, 128, 4, 3))},
-    "hidden_grad": {WIDE: (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3))},
+    "hidden_grad": {256: HIDDEN_GRAD, WIDE: HIDDEN_GRAD},
 }
 
 FLOAT32 = Tile(16, 16, 4, 1)

@@ -124,12 +124,13 @@ def _run_backward(
         return [t.zero_() for t in found]
     of_x = torch.empty_like(x, memory_format=torch.channels_last)
     grad, x = _pixels(grad.to(x.dtype)), _pixels(x)
-    run = _wide_gradients if x.shape[2] > MOST_CHANNELS["backward"] else _gradients
+    most = MOST_CHANNELS["weights" if of_weights else "inputs"]
+    run = wide_gradients if x.shape[2] > most else fused_gradients
     given = _plain(demodulation), _dense(expand, x.dtype), _plain(expand_bias), contract
     return [of_x, *run(grad, x, *given, of_weights, _pixels(of_x))]
 
 
-def _gradients(
+def fused_gradients(
     grad: Tensor,
     x: Tensor,
     demodulation: Tensor,
@@ -139,7 +140,7 @@ def _gradients(
     of_weights: bool,
     of_x: Tensor,
 ) -> list[Tensor]:
-    """Fills of_x; returns the other gradients."""
+    """Fills of_x; returns the other gradients. Tensors as _run_backward hands them over."""
     from vfmvae.kernels.modulated_mlp_backward import mlp_input_grad, mlp_weight_grad
 
     given = (grad, x, demodulation, expand, expand_bias, _dense(contract.t(), x.dtype))
@@ -151,7 +152,7 @@ def _gradients(
     return [found.demodulation, found.first, found.first_bias, of_contract, of_last_bias]
 
 
-def _wide_gradients(
+def wide_gradients(
     grad: Tensor,
     x: Tensor,
     demodulation: Tensor,
