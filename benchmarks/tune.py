@@ -76,7 +76,7 @@ def passes(part: str, channels: int, batch: int) -> Iterator[Callable[[], object
         yield lambda: modulated_mlp.mlp_fwd(x, x, scale, first, second, bias, last, out)
         yield lambda: modulated_mlp_wide.wide_fwd(x, x, scale, first, contract, bias, last, out)
         return
-    given = (grad, x, scale, first, bias, contract, part == "weights", out)
+    given = (grad, x, scale, first, bias, contract, last, part == "weights", out)
     yield lambda: mlp_triton.fused_gradients(*given)
     yield lambda: mlp_triton.wide_gradients(*given)
 

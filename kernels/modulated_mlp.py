@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vfmvae.kernels.gelu import gelu, gelu_form
-from vfmvae.kernels.tuned import tile
+from vfmvae.kernels.tuned import cdiv, tile
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def mlp_fwd(
     hidden = len(first)
     size = tile("forward", channels, pixels, x.dtype)
     width = padded(channels)
-    tiles = triton.cdiv(pixels, size.pixels)
+    tiles = cdiv(pixels, size.pixels)
     with torch.cuda.device_of(x):
         _mlp_fwd_kernel[(batch * tiles,)](
             blocks(residual, 1, size.pixels, width),
@@ -99,7 +99,7 @@ def mlp_fwd(
 
 def padded(channels: int) -> int:
     """Width of a tile: a power of two, and no less than what a product of matrices takes."""
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, 1 << (channels - 1).bit_length())
 
 
 def blocks(tensor: Tensor, *shape: int) -> TensorDescriptor:

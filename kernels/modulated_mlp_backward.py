@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vfmvae.kernels.gelu import gelu_and_slope, gelu_form
 from vfmvae.kernels.modulated_mlp import blocks, padded
-from vfmvae.kernels.tuned import MULTIPROCESSORS, tile
+from vfmvae.kernels.tuned import MULTIPROCESSORS, cdiv, tile
 
 PROGRAMS = 4 * MULTIPROCESSORS
 """Parts are made until there are about this many programs."""
@@ -160,7 +160,7 @@ def mlp_input_grad(
     hidden = len(first)
     size = tile("input_grad_of_scale" if of_scale else "input_grad", channels, pixels, x.dtype)
     width = padded(channels)
-    tiles = triton.cdiv(pixels, size.pixels)
+    tiles = cdiv(pixels, size.pixels)
     of_last_bias = torch.empty(batch * tiles, channels, dtype=torch.float32, device=x.device)
     # The kernel wants a pointer also where it writes nothing.
     of_scales = of_last_bias.new_empty(batch * tiles, hidden) if of_scale else of_last_bias
@@ -197,7 +197,7 @@ def mlp_weight_grad(
     hidden = len(first)
     size = tile("weight_grad", channels, pixels, x.dtype)
     width = padded(channels)
-    chunks = triton.cdiv(hidden, size.hidden)
+    chunks = cdiv(hidden, size.hidden)
     splits, pixels_per_split = split(pixels, size.pixels, batch * chunks)
     parts = batch * splits
 
@@ -239,5 +239,5 @@ def mlp_weight_grad(
 def split(pixels: int, step: int, programs: int) -> tuple[int, int]:
     """Parts of a sample's pixels, and pixels in each: whole steps, no part empty, none under 16 steps."""
     wanted = min(max(1, PROGRAMS // programs), max(1, pixels // (16 * step)))
-    per_split = triton.cdiv(triton.cdiv(pixels, wanted), step) * step
-    return triton.cdiv(pixels, per_split), per_split
+    per_split = cdiv(cdiv(pixels, wanted), step) * step
+    return cdiv(pixels, per_split), per_split

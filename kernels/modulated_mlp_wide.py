@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vfmvae.kernels.gelu import gelu, gelu_and_slope, gelu_form
 from vfmvae.kernels.modulated_mlp import blocks
-from vfmvae.kernels.tuned import MULTIPROCESSORS, Tile, tile
+from vfmvae.kernels.tuned import MULTIPROCESSORS, Tile, cdiv, tile
 
 
 @triton.jit
@@ -225,10 +225,10 @@ def _tiles(kernel: str, x: Tensor, outputs: int) -> tuple[Tile, int, int, int]:
     """Tile, depth of a step, and rows (per sample) and columns of tiles that cover [B, P, outputs]."""
     batch, pixels, channels = x.shape
     size = tile(kernel, channels, pixels, x.dtype)
-    rows = triton.cdiv(pixels, size.pixels)
-    while size.hidden > 64 and batch * rows * triton.cdiv(outputs, size.hidden) < MULTIPROCESSORS:
+    rows = cdiv(pixels, size.pixels)
+    while size.hidden > 64 and batch * rows * cdiv(outputs, size.hidden) < MULTIPROCESSORS:
         size = size._replace(hidden=size.hidden // 2)
-    return size, 64 if x.element_size() == 2 else 16, rows, triton.cdiv(outputs, size.hidden)
+    return size, 64 if x.element_size() == 2 else 16, rows, cdiv(outputs, size.hidden)
 
 
 def _options(size: Tile) -> dict[str, int]:

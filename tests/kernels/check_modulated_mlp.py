@@ -189,12 +189,12 @@ def test_an_empty_batch() -> None:
 
 @pytest.mark.parametrize("channels", [8, 264])
 def test_registered_operation(channels: int) -> None:
-    residual, x, _, w1, b1, w2, b2, _ = mlp_inputs((2, channels, 3, 5), torch.bfloat16, 32)
-    arguments = (residual, x, torch.rand(2, 32, device=DEVICE), w1, b1, w2, b2)
+    residual, x, _, *weights = mlp_inputs((2, channels, 3, 5), torch.bfloat16, 32)
+    arguments = (residual, x, torch.rand(2, 32, device=DEVICE), *weights)
     torch.library.opcheck(
         torch.ops.vfmvae.demodulated_mlp.default, tuple(t.requires_grad_() for t in arguments)
     )
-    saved = tuple(t.detach() for t in arguments[1:-1])
+    saved = tuple(t.detach() for t in arguments[1:])
     for of_weights in (True, False):
         backward = (torch.randn_like(saved[0]), *saved, of_weights)
         torch.library.opcheck(torch.ops.vfmvae.demodulated_mlp_backward.default, backward)

@@ -96,7 +96,7 @@ def _modulated_by_the_norm(x: Tensor, style: Tensor, conv: _Conv, norm: _Norm, w
     conv_norm.check(*arguments)
     mlp.check(x, x, style, *weights)
     y = conv_norm.with_statistics(*arguments)
-    return mlp.demodulated_mlp(x, y, demodulation(style, weights.expand_weight), *weights)
+    return mlp_triton.demodulated_mlp(x, y, demodulation(style, weights.expand_weight), *weights)
 
 
 def _of_norm(x: Tensor, style: Tensor | None, conv: _Conv, norm: _Norm) -> tuple[Any, ...]:

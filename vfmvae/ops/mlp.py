@@ -112,14 +112,8 @@ def _modulated_mlp_triton(
     residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor
 ) -> Tensor:
     modulated = x * style[:, :, None, None].to(x.dtype)
-    return demodulated_mlp(residual, modulated, demodulation(style, w1), w1, b1, w2, b2, gamma)
-
-
-def demodulated_mlp(
-    residual: Tensor, x: Tensor, scale: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor
-) -> Tensor:
-    """By Triton, of an x that style multiplies already; scale [B, E] is d."""
-    return mlp_triton.demodulated_mlp(residual, x, scale, w1, b1, w2 * gamma[:, None], b2 * gamma)
+    scale = demodulation(style, w1)
+    return mlp_triton.demodulated_mlp(residual, modulated, scale, w1, b1, w2, b2, gamma)
 
 
 def _why_not_triton(residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, *_: Tensor) -> str | None:

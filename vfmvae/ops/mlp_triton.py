@@ -1,10 +1,10 @@
 """The modulated MLP by Triton kernels, as an operation that torch knows.
 
-    demodulated_mlp(residual, x, demodulation, expand, expand_bias, contract, contract_bias)
-        = residual + contract gelu(demodulation * (expand x) + expand_bias) + contract_bias
+    demodulated_mlp(residual, x, demodulation, expand, expand_bias, contract, contract_bias, gamma)
+        = residual + gamma * (contract gelu(demodulation * (expand x) + expand_bias) + contract_bias)
 
     residual, x [B, C, H, W]; demodulation [B, E]; expand [E, C], expand_bias [E];
-    contract [C, E], contract_bias [C]                            ->  [B, C, H, W], channels-last, in x.dtype
+    contract [C, E], contract_bias, gamma [C]                     ->  [B, C, H, W], channels-last, in x.dtype
 
 x comes times style: in a ConvNeXt layer the norm before multiplies by it (vfmvae/ops/convnext.py), and all
 samples share the weights. Products take x.dtype and sum in float32. Only the arguments are kept for the
@@ -61,6 +61,7 @@ def _fake(
     expand_bias: Tensor,
     contract: Tensor,
     contract_bias: Tensor,
+    gamma: Tensor,
 ) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
@@ -73,6 +74,7 @@ def _run(
     expand_bias: Tensor,
     contract: Tensor,
     contract_bias: Tensor,
+    gamma: Tensor,
 ) -> Tensor:
     from vfmvae.kernels.modulated_mlp import mlp_fwd
     from vfmvae.kernels.modulated_mlp_wide import wide_fwd
@@ -81,13 +83,13 @@ def _run(
     out = torch.empty_like(x, memory_format=torch.channels_last)
     if x.numel() == 0:
         return out
-    dtype, residual, x = x.dtype, _pixels(residual), _pixels(x)
-    biases, first = (_plain(expand_bias), _plain(contract_bias)), _dense(expand, dtype)
+    dtype, residual, x, into = x.dtype, _pixels(residual), _pixels(x), _pixels(out)
+    first, last_bias = _dense(expand, dtype), _plain(contract_bias * gamma)
     if x.shape[2] > MOST_CHANNELS["forward"]:
-        wide_fwd(residual, x, _plain(demodulation), first, _dense(contract, dtype), *biases, _pixels(out))
+        second, run = _product(contract, gamma[:, None], dtype), wide_fwd
     else:
-        second = _dense(contract.t(), dtype)
-        mlp_fwd(residual, x, _plain(demodulation), first, second, *biases, _pixels(out))
+        second, run = _product(contract.t(), gamma, dtype), mlp_fwd
+    run(residual, x, _plain(demodulation), first, second, _plain(expand_bias), last_bias, into)
     return out
 
 
@@ -98,14 +100,14 @@ def _backward_fake(
     expand: Tensor,
     expand_bias: Tensor,
     contract: Tensor,
+    contract_bias: Tensor,
+    gamma: Tensor,
     of_weights: bool,
 ) -> list[Tensor]:
-    """Gradients of x, demodulation and, if `of_weights`, of the four weights; float32 but for x."""
-    shapes = [demodulation.shape]
-    if of_weights:
-        shapes += [expand.shape, expand_bias.shape, contract.shape, contract.shape[:1]]
+    """Gradients of x, demodulation and, if `of_weights`, of the others in order; float32 but for x."""
+    asked = (demodulation, expand, expand_bias, contract, contract_bias, gamma)[: 6 if of_weights else 1]
     of_x = torch.empty_like(x, memory_format=torch.channels_last)
-    return [of_x, *(torch.empty(s, dtype=torch.float32, device=x.device) for s in shapes)]
+    return [of_x, *(torch.empty(t.shape, dtype=torch.float32, device=x.device) for t in asked)]
 
 
 def _run_backward(
@@ -115,19 +117,29 @@ def _run_backward(
     expand: Tensor,
     expand_bias: Tensor,
     contract: Tensor,
+    contract_bias: Tensor,
+    gamma: Tensor,
     of_weights: bool,
 ) -> list[Tensor]:
     from vfmvae.kernels.tuned import MOST_CHANNELS
 
     if x.numel() == 0:
-        found = _backward_fake(grad, x, demodulation, expand, expand_bias, contract, of_weights)
+        found = _backward_fake(
+            grad, x, demodulation, expand, expand_bias, contract, contract_bias, gamma, of_weights
+        )
         return [t.zero_() for t in found]
     of_x = torch.empty_like(x, memory_format=torch.channels_last)
     grad, x = _pixels(grad.to(x.dtype)), _pixels(x)
     most = MOST_CHANNELS["weights" if of_weights else "inputs"]
     run = wide_gradients if x.shape[2] > most else fused_gradients
-    given = _plain(demodulation), _dense(expand, x.dtype), _plain(expand_bias), contract
-    return [of_x, *run(grad, x, *given, of_weights, _pixels(of_x))]
+    given = _plain(demodulation), _dense(expand, x.dtype), _plain(expand_bias), contract, gamma
+    found = run(grad, x, *given, of_weights, _pixels(of_x))
+    if not of_weights:
+        return [of_x, *found]
+    *found, of_scaled, of_scaled_bias = found
+    of_contract = _product(of_scaled, gamma[:, None], torch.float32)
+    of_gamma = (of_scaled * contract).sum(1).addcmul_(of_scaled_bias, contract_bias)
+    return [of_x, *found, of_contract, _plain(of_scaled_bias * gamma), of_gamma]
 
 
 def fused_gradients(
@@ -137,19 +149,22 @@ def fused_gradients(
     expand: Tensor,
     expand_bias: Tensor,
     contract: Tensor,
+    gamma: Tensor,
     of_weights: bool,
     of_x: Tensor,
 ) -> list[Tensor]:
-    """Fills of_x; returns the other gradients. Tensors as _run_backward hands them over."""
+    """Fills of_x; returns the other gradients, last of gamma * contract and gamma * contract_bias.
+
+    Tensors are as _run_backward hands them over.
+    """
     from vfmvae.kernels.modulated_mlp_backward import mlp_input_grad, mlp_weight_grad
 
-    given = (grad, x, demodulation, expand, expand_bias, _dense(contract.t(), x.dtype))
+    given = (grad, x, demodulation, expand, expand_bias, _product(contract.t(), gamma, x.dtype))
     of_last_bias, of_demodulation = mlp_input_grad(*given, of_x, of_scale=not of_weights)
     if of_demodulation is not None:
         return [of_demodulation]
     found = mlp_weight_grad(*given)
-    of_contract = found.second.t().contiguous()
-    return [found.demodulation, found.first, found.first_bias, of_contract, of_last_bias]
+    return [found.demodulation, found.first, found.first_bias, found.second.t(), of_last_bias]
 
 
 def wide_gradients(
@@ -159,13 +174,14 @@ def wide_gradients(
     expand: Tensor,
     expand_bias: Tensor,
     contract: Tensor,
+    gamma: Tensor,
     of_weights: bool,
     of_x: Tensor,
 ) -> list[Tensor]:
     """The same for more channels."""
     from vfmvae.kernels.modulated_mlp_wide import hidden_grad
 
-    given = (grad, x, demodulation, expand, expand_bias, _dense(contract, x.dtype))
+    given = (grad, x, demodulation, expand, expand_bias, _product(contract, gamma[:, None], x.dtype))
     grad_z, hidden, of_demodulation, of_expand_bias = hidden_grad(*given, of_weights)
     torch.mm(grad_z.flatten(0, 1), expand, out=of_x.flatten(0, 1))
     if hidden is None:
@@ -184,7 +200,7 @@ def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:-1])
+    ctx.save_for_backward(*inputs[1:])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -214,6 +230,11 @@ def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.dtype == dtype and weight.is_contiguous() and weight.data_ptr() % ROW_BYTES == 0:
         return weight
     return torch.empty(weight.shape, dtype=dtype, device=weight.device).copy_(weight)
+
+
+def _product(weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight * factor, dense and rounded to dtype once, in one pass."""
+    return torch.mul(weight, factor, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
 
 
 _DEVICES = ("cpu", "cuda")
