@@ -37,8 +37,7 @@ def _mlp_input_grad_kernel(
     first_bias_ptr,
     second_desc,
     grad_x_desc,
-    sum_grad_ptr,  # [B * tiles, C]: sums over the pixels of each tile
-    sum_demodulation_ptr,  # [B * tiles, E]
+    sum_ptr,  # over the pixels of each tile: with OF_SCALE of dh z [B, tiles, E], else of grad [B, tiles, C]
     tiles,
     C: tl.constexpr,
     E: tl.constexpr,
@@ -53,7 +52,8 @@ def _mlp_input_grad_kernel(
     pixel = (program % tiles) * BM
     c = tl.arange(0, BC)
     grad = grad_desc.load([sample, pixel, 0]).reshape(BM, BC)
-    tl.store(sum_grad_ptr + program.to(tl.int64) * C + c, tl.sum(grad.to(tl.float32), 0), mask=c < C)
+    if not OF_SCALE:
+        tl.store(sum_ptr + program.to(tl.int64) * C + c, tl.sum(grad.to(tl.float32), 0), mask=c < C)
     x = x_desc.load([sample, pixel, 0]).reshape(BM, BC)
     grad_x = tl.zeros((BM, BC), tl.float32)
     for chunk in range(0, E, BN):
@@ -69,7 +69,7 @@ def _mlp_input_grad_kernel(
         grad_hidden *= slope
         if OF_SCALE:
             of_scale = tl.sum(grad_hidden * z, 0)
-            tl.store(sum_demodulation_ptr + program.to(tl.int64) * E + e, of_scale, mask=some)
+            tl.store(sum_ptr + program.to(tl.int64) * E + e, of_scale, mask=some)
         grad_hidden *= scale[None, :]
         grad_x = tl.dot(grad_hidden.to(x.dtype), first, grad_x, input_precision="ieee")
     grad_x_desc.store([sample, pixel, 0], grad_x.to(x.dtype).reshape(1, BM, BC))
@@ -151,19 +151,17 @@ def mlp_input_grad(
     second: Tensor,
     grad_x: Tensor,
     of_scale: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Fills grad_x [B, P, C]; gradients of the last bias and, with `of_scale`, of d, in float32.
+) -> Tensor:
+    """Fills grad_x [B, P, C]; the gradient of d [B, E] with `of_scale`, else of the last bias [C]; float32.
 
-    mlp_weight_grad gives the latter cheaper where it runs anyway.
+    mlp_weight_grad gives that of d cheaper where it runs anyway.
     """
     batch, pixels, channels = x.shape
     hidden = len(first)
     size = tile("input_grad_of_scale" if of_scale else "input_grad", channels, pixels, x.dtype)
     width = padded(channels)
     tiles = cdiv(pixels, size.pixels)
-    of_last_bias = torch.empty(batch * tiles, channels, dtype=torch.float32, device=x.device)
-    # The kernel wants a pointer also where it writes nothing.
-    of_scales = of_last_bias.new_empty(batch * tiles, hidden) if of_scale else of_last_bias
+    sums = torch.empty(batch, tiles, hidden if of_scale else channels, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _mlp_input_grad_kernel[(batch * tiles,)](
             blocks(grad, 1, size.pixels, width),
@@ -173,8 +171,7 @@ def mlp_input_grad(
             first_bias,
             blocks(second, size.hidden, width),
             blocks(grad_x, 1, size.pixels, width),
-            of_last_bias,
-            of_scales,
+            sums,
             tiles,
             C=channels,
             E=hidden,
@@ -186,7 +183,7 @@ def mlp_input_grad(
             num_warps=size.warps,
             num_stages=size.stages,
         )
-    return of_last_bias.sum(0), of_scales.view(batch, tiles, hidden).sum(1) if of_scale else None
+    return sums.sum(1) if of_scale else sums.sum((0, 1))
 
 
 def mlp_weight_grad(

@@ -134,7 +134,8 @@ def _hidden_grad_kernel(
             hidden_desc.store([sample, pixel, start], hidden.to(hidden_desc.dtype).reshape(1, BM, BN // 2))
         grad_half = (right if half else left) * slope
         sums = row.to(tl.int64) * E + e
-        tl.store(sum_bias_ptr + sums, tl.sum(grad_half, 0), mask=some)
+        if OF_WEIGHTS:
+            tl.store(sum_bias_ptr + sums, tl.sum(grad_half, 0), mask=some)
         tl.store(sum_demodulation_ptr + sums, tl.sum(grad_half * z_half, 0), mask=some)
         grad_half *= scale[None, :]
         grad_z_desc.store([sample, pixel, start], grad_half.to(grad_z_desc.dtype).reshape(1, BM, BN // 2))
@@ -189,8 +190,9 @@ def hidden_grad(
     expand_bias: Tensor,
     contract: Tensor,
     of_weights: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """d dh and, if `of_weights`, hidden [B, P, E]; gradients of d [B, E] and b1 [E] in float32."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """d dh [B, P, E] and the gradient of d [B, E] in float32; if `of_weights`, also hidden [B, P, E] and the
+    gradient of b1 [E] in float32."""
     batch, pixels, channels = x.shape
     units = len(expand)
     grad_z = torch.empty(batch, pixels, units, dtype=x.dtype, device=x.device)
@@ -218,7 +220,7 @@ def hidden_grad(
             **_options(size),
         )
     of_demodulation = of_demodulation.view(batch, rows, units).sum(1)
-    return grad_z, hidden if of_weights else None, of_demodulation, of_bias.sum(0)
+    return grad_z, of_demodulation, (hidden, of_bias.sum(0)) if of_weights else None
 
 
 def _tiles(kernel: str, x: Tensor, outputs: int) -> tuple[Tile, int, int, int]:

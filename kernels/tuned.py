@@ -45,7 +45,7 @@ TILES: dict[str, dict[int, Tile]] = {
     "weight_grad": {64: Tile(64, 64, 4, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
     "expand": {WIDE: Tile(128, 256, 8, 3)},
     "contract": {WIDE: Tile(128, 256, 8, 3)},
-    "hidden_grad": {256: Tile(128, 128, 8, 4), WIDE: Tile(128, 128, 8, 4)},
+    "hidden_grad": {128: Tile(128, 64, 8, 3), 256: Tile(128, 128, 8, 4), WIDE: Tile(128, 128, 8, 4)},
 }
 # end
 
@@ -104,7 +104,7 @@ CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     },
     "expand": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4), Tile(128, 128, 4, 3))},
     "contract": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4), Tile(128, 128, 4, 3))},
-    "hidden_grad": {256: HIDDEN_GRAD, WIDE: HIDDEN_GRAD},
+    "hidden_grad": {128: HIDDEN_GRAD, 256: HIDDEN_GRAD, WIDE: HIDDEN_GRAD},
 }
 
 FLOAT32 = Tile(16, 16, 4, 1)

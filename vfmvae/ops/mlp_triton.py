@@ -160,11 +160,11 @@ def fused_gradients(
     from vfmvae.kernels.modulated_mlp_backward import mlp_input_grad, mlp_weight_grad
 
     given = (grad, x, demodulation, expand, expand_bias, _product(contract.t(), gamma, x.dtype))
-    of_last_bias, of_demodulation = mlp_input_grad(*given, of_x, of_scale=not of_weights)
-    if of_demodulation is not None:
-        return [of_demodulation]
+    sums = mlp_input_grad(*given, of_x, of_scale=not of_weights)
+    if not of_weights:
+        return [sums]
     found = mlp_weight_grad(*given)
-    return [found.demodulation, found.first, found.first_bias, found.second.t(), of_last_bias]
+    return [found.demodulation, found.first, found.first_bias, found.second.t(), sums]
 
 
 def wide_gradients(
@@ -182,10 +182,11 @@ def wide_gradients(
     from vfmvae.kernels.modulated_mlp_wide import hidden_grad
 
     given = (grad, x, demodulation, expand, expand_bias, _product(contract, gamma[:, None], x.dtype))
-    grad_z, hidden, of_demodulation, of_expand_bias = hidden_grad(*given, of_weights)
+    grad_z, of_demodulation, for_weights = hidden_grad(*given, of_weights)
     torch.mm(grad_z.flatten(0, 1), expand, out=of_x.flatten(0, 1))
-    if hidden is None:
+    if for_weights is None:
         return [of_demodulation]
+    hidden, of_expand_bias = for_weights
     of_expand, of_contract = _sum_of_products(grad_z, x), _sum_of_products(grad, hidden)
     of_contract_bias = grad.sum((0, 1), dtype=torch.float32)
     return [of_demodulation, of_expand, of_expand_bias, of_contract, of_contract_bias]
