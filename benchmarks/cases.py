@@ -18,6 +18,7 @@ from torch import Tensor
 from vfmvae import ops
 from vfmvae.ops.conv import _DEPTHWISE
 from vfmvae.ops.conv_norm import _DEPTHWISE_GROUP_NORM
+from vfmvae.ops.convnext import _MODULATED_CONVNEXT
 from vfmvae.ops.dispatch import Op
 from vfmvae.ops.gated import _GEGLU
 from vfmvae.ops.mlp import _MODULATED_MLP, _MODULATED_TO_RGB
@@ -132,6 +133,19 @@ def modulated_mlp(shape: Shape, dtype: torch.dtype, device: torch.device) -> Cas
     return Case(ops.modulated_mlp, tensors, 3, work, "matrix", reads=tuple(range(1, 8)), passed_on=(0,))
 
 
+def modulated_convnext(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    norm = depthwise_group_norm(shape, dtype, device)
+    mlp = modulated_mlp(shape, dtype, device)
+    groups = max(1, min(32, shape[1] // 4))
+
+    def layer(x: Tensor, style: Tensor, conv: Tensor, bias: Tensor, *rest: Tensor, fused: str) -> Tensor:
+        norm, weights = rest[:2], rest[2:]
+        return ops.modulated_convnext(x, conv, bias, None, groups, *norm, style, *weights, fused=fused)
+
+    tensors = [*norm.tensors, *mlp.tensors[3:]]
+    return Case(layer, tensors, 2, mlp.flops, "matrix", reads=tuple(range(11)))
+
+
 def modulated_to_rgb(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
     batch, channels = shape[:2]
     weights = [torch.randn(3, channels, device=device) / channels**0.5, torch.randn(3, device=device)]
@@ -153,6 +167,7 @@ def geglu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
 
 
 OPERATIONS = {
+    "modulated_convnext": Operation(_MODULATED_CONVNEXT, modulated_convnext),
     "modulated_mlp": Operation(_MODULATED_MLP, modulated_mlp),
     "depthwise_conv2d": Operation(_DEPTHWISE, depthwise_conv2d),
     "group_norm": Operation(_GROUP_NORM, group_norm),

@@ -1,17 +1,15 @@
 """The modulated MLP for more than 256 channels: products whose first or last steps ride along.
 
-    scaled = style * x                      in PyTorch
-    hidden = gelu(d * (W1 scaled) + b1)     _expand_kernel
+    hidden = gelu(d * (W1 x) + b1)          _expand_kernel; x is modulated already
     out    = residual + W2 hidden + b2      _contract_kernel
 
 The backward computes hidden numbers again, in the kernel that multiplies the gradient by W2^T:
 
     dh = (W2^T grad) gelu'(h), hidden       _hidden_grad_kernel, which also sums for d and b1
-    grad of x = style * (W1^T (d dh))       _input_grad_kernel, which also sums for style
-    grad of W1, W2                          in PyTorch: products of what these kernels wrote
+    grad of x = W1^T (d dh), of W1, of W2   in PyTorch: products of what this kernel wrote
 
-x, residual, out, grad [B, P, C]; hidden [B, P, E]; W1 [E, C] and W2 [C, E] of the same dtype; style [B, C],
-d [B, E], b1 [E], b2 [C] in float32. Tiles do not cross samples; tensor descriptors fill with zeros.
+x, residual, out, grad [B, P, C]; hidden [B, P, E]; W1 [E, C] and W2 [C, E] of the same dtype; d [B, E],
+b1 [E], b2 [C] in float32. Tiles do not cross samples; tensor descriptors fill with zeros.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from vfmvae.kernels.gelu import gelu, gelu_and_slope, gelu_form
 from vfmvae.kernels.modulated_mlp import blocks
-from vfmvae.kernels.tuned import MULTIPROCESSORS, Tile, tile
+from vfmvae.kernels.tuned import MULTIPROCESSORS, Tile, cdiv, tile
 
 
 @triton.jit
@@ -47,7 +45,7 @@ def _product(out, a_desc, w_desc, sample, pixel, column, K: tl.constexpr, BK: tl
 
 @triton.jit
 def _expand_kernel(
-    scaled_desc,  # by [1, BM, BK]
+    x_desc,  # by [1, BM, BK]
     expand_desc,  # by [BN, BK]
     demodulation_ptr,
     bias_ptr,
@@ -63,7 +61,7 @@ def _expand_kernel(
 ):
     sample, pixel, column, _ = _place(rows, columns, BM, BN)
     z = tl.zeros((BM, BN), tl.float32)
-    z = _product(z, scaled_desc, expand_desc, sample, pixel, column, C, BK, True)
+    z = _product(z, x_desc, expand_desc, sample, pixel, column, C, BK, True)
     e = column + tl.arange(0, BN)
     scale = tl.load(demodulation_ptr + sample * E + e, mask=e < E, other=0.0)
     bias = tl.load(bias_ptr + e, mask=e < E, other=0.0)
@@ -96,8 +94,8 @@ def _contract_kernel(
 
 @triton.jit
 def _hidden_grad_kernel(
-    grad_desc,  # by [1, BM, BK], like scaled
-    scaled_desc,
+    grad_desc,  # by [1, BM, BK], like x
+    x_desc,
     expand_desc,  # by [BN, BK]
     demodulation_ptr,
     bias_ptr,
@@ -118,7 +116,7 @@ def _hidden_grad_kernel(
 ):
     sample, pixel, column, row = _place(rows, columns, BM, BN)
     z = tl.zeros((BM, BN), tl.float32)
-    z = _product(z, scaled_desc, expand_desc, sample, pixel, column, C, BK, True)
+    z = _product(z, x_desc, expand_desc, sample, pixel, column, C, BK, True)
     grad_h = tl.zeros((BM, BN), tl.float32)
     grad_h = _product(grad_h, grad_desc, contract_desc, sample, pixel, column, C, BK, False)
     # By halves, for which there are registers enough.
@@ -136,41 +134,16 @@ def _hidden_grad_kernel(
             hidden_desc.store([sample, pixel, start], hidden.to(hidden_desc.dtype).reshape(1, BM, BN // 2))
         grad_half = (right if half else left) * slope
         sums = row.to(tl.int64) * E + e
-        tl.store(sum_bias_ptr + sums, tl.sum(grad_half, 0), mask=some)
+        if OF_WEIGHTS:
+            tl.store(sum_bias_ptr + sums, tl.sum(grad_half, 0), mask=some)
         tl.store(sum_demodulation_ptr + sums, tl.sum(grad_half * z_half, 0), mask=some)
         grad_half *= scale[None, :]
         grad_z_desc.store([sample, pixel, start], grad_half.to(grad_z_desc.dtype).reshape(1, BM, BN // 2))
 
 
-@triton.jit
-def _input_grad_kernel(
-    grad_z_desc,  # by [1, BM, BK]
-    expand_desc,  # by [BK, BN]
-    x_desc,  # by [1, BM, BN], like grad_x
-    style_ptr,
-    grad_x_desc,
-    sum_style_ptr,  # [B * rows, C]
-    rows,
-    columns,
-    C: tl.constexpr,
-    E: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    sample, pixel, column, row = _place(rows, columns, BM, BN)
-    grad = tl.zeros((BM, BN), tl.float32)
-    grad = _product(grad, grad_z_desc, expand_desc, sample, pixel, column, E, BK, False)
-    c = column + tl.arange(0, BN)
-    x = x_desc.load([sample, pixel, column]).reshape(BM, BN).to(tl.float32)
-    tl.store(sum_style_ptr + row.to(tl.int64) * C + c, tl.sum(grad * x, 0), mask=c < C)
-    grad *= tl.load(style_ptr + sample * C + c, mask=c < C, other=0.0)[None, :]
-    grad_x_desc.store([sample, pixel, column], grad.to(grad_x_desc.dtype).reshape(1, BM, BN))
-
-
 def wide_fwd(
     residual: Tensor,
-    scaled: Tensor,
+    x: Tensor,
     demodulation: Tensor,
     expand: Tensor,
     contract: Tensor,
@@ -179,14 +152,14 @@ def wide_fwd(
     out: Tensor,
 ) -> None:
     """Fills out; shapes as in the module docstring, all dense. Hidden numbers take B P E of memory."""
-    batch, pixels, channels = scaled.shape
+    batch, pixels, channels = x.shape
     units = len(expand)
-    hidden = torch.empty(batch, pixels, units, dtype=scaled.dtype, device=scaled.device)
-    size, depth, rows, columns = _tiles("expand", scaled, units)
+    hidden = torch.empty(batch, pixels, units, dtype=x.dtype, device=x.device)
+    size, depth, rows, columns = _tiles("expand", x, units)
     shape = {"C": channels, "E": units, "BK": depth}
-    with torch.cuda.device_of(scaled):
+    with torch.cuda.device_of(x):
         _expand_kernel[(batch * rows * columns,)](
-            blocks(scaled, 1, size.pixels, depth),
+            blocks(x, 1, size.pixels, depth),
             blocks(expand, size.hidden, depth),
             demodulation,
             expand_bias,
@@ -194,9 +167,9 @@ def wide_fwd(
             *(rows, columns),
             **shape,
             **_options(size),
-            GELU=gelu_form(scaled.dtype, scaled.is_cuda),
+            GELU=gelu_form(x.dtype, x.is_cuda),
         )
-        size, depth, rows, columns = _tiles("contract", scaled, channels)
+        size, depth, rows, columns = _tiles("contract", x, channels)
         _contract_kernel[(batch * rows * columns,)](
             blocks(residual, 1, size.pixels, size.hidden),
             blocks(hidden, 1, size.pixels, depth),
@@ -211,26 +184,27 @@ def wide_fwd(
 
 def hidden_grad(
     grad: Tensor,
-    scaled: Tensor,
+    x: Tensor,
     demodulation: Tensor,
     expand: Tensor,
     expand_bias: Tensor,
     contract: Tensor,
     of_weights: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """d dh and, if `of_weights`, hidden [B, P, E]; gradients of d [B, E] and b1 [E] in float32."""
-    batch, pixels, channels = scaled.shape
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """d dh [B, P, E] and the gradient of d [B, E] in float32; if `of_weights`, also hidden [B, P, E] and the
+    gradient of b1 [E] in float32."""
+    batch, pixels, channels = x.shape
     units = len(expand)
-    grad_z = torch.empty(batch, pixels, units, dtype=scaled.dtype, device=scaled.device)
+    grad_z = torch.empty(batch, pixels, units, dtype=x.dtype, device=x.device)
     hidden = torch.empty_like(grad_z) if of_weights else grad_z  # a kernel wants it though it writes nothing
-    size, depth, rows, columns = _tiles("hidden_grad", scaled, units)
+    size, depth, rows, columns = _tiles("hidden_grad", x, units)
     of_bias, of_demodulation = torch.empty(
-        2, batch * rows, units, dtype=torch.float32, device=scaled.device
+        2, batch * rows, units, dtype=torch.float32, device=x.device
     ).unbind()
-    with torch.cuda.device_of(scaled):
+    with torch.cuda.device_of(x):
         _hidden_grad_kernel[(batch * rows * columns,)](
             blocks(grad, 1, size.pixels, depth),
-            blocks(scaled, 1, size.pixels, depth),
+            blocks(x, 1, size.pixels, depth),
             blocks(expand, size.hidden, depth),
             demodulation,
             expand_bias,
@@ -241,43 +215,22 @@ def hidden_grad(
             C=channels,
             E=units,
             BK=depth,
-            GELU=gelu_form(scaled.dtype, scaled.is_cuda),
+            GELU=gelu_form(x.dtype, x.is_cuda),
             OF_WEIGHTS=of_weights,
             **_options(size),
         )
     of_demodulation = of_demodulation.view(batch, rows, units).sum(1)
-    return grad_z, hidden if of_weights else None, of_demodulation, of_bias.sum(0)
-
-
-def input_grad(grad_z: Tensor, expand: Tensor, x: Tensor, style: Tensor, grad_x: Tensor) -> Tensor:
-    """Fills grad_x; returns the gradient of style [B, C] in float32."""
-    batch, _, channels = x.shape
-    size, depth, rows, columns = _tiles("wide_input_grad", x, channels)
-    of_style = torch.empty(batch * rows, channels, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _input_grad_kernel[(batch * rows * columns,)](
-            blocks(grad_z, 1, size.pixels, depth),
-            blocks(expand, depth, size.hidden),
-            blocks(x, 1, size.pixels, size.hidden),
-            style,
-            blocks(grad_x, 1, size.pixels, size.hidden),
-            *(of_style, rows, columns),
-            C=channels,
-            E=len(expand),
-            BK=depth,
-            **_options(size),
-        )
-    return of_style.view(batch, rows, channels).sum(1)
+    return grad_z, of_demodulation, (hidden, of_bias.sum(0)) if of_weights else None
 
 
 def _tiles(kernel: str, x: Tensor, outputs: int) -> tuple[Tile, int, int, int]:
     """Tile, depth of a step, and rows (per sample) and columns of tiles that cover [B, P, outputs]."""
     batch, pixels, channels = x.shape
     size = tile(kernel, channels, pixels, x.dtype)
-    rows = triton.cdiv(pixels, size.pixels)
-    while size.hidden > 64 and batch * rows * triton.cdiv(outputs, size.hidden) < MULTIPROCESSORS:
+    rows = cdiv(pixels, size.pixels)
+    while size.hidden > 64 and batch * rows * cdiv(outputs, size.hidden) < MULTIPROCESSORS:
         size = size._replace(hidden=size.hidden // 2)
-    return size, 64 if x.element_size() == 2 else 16, rows, triton.cdiv(outputs, size.hidden)
+    return size, 64 if x.element_size() == 2 else 16, rows, cdiv(outputs, size.hidden)
 
 
 def _options(size: Tile) -> dict[str, int]:

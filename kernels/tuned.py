@@ -26,22 +26,38 @@ class Tile(NamedTuple):
 WIDE = 1 << 30
 """Stands for any number of channels."""
 
-# kernel -> largest number of channels -> tile, for 16-bit numbers.
+# MOST_CHANNELS: pass -> up to which number of channels kernels that keep hidden numbers in registers are
+# faster than those of modulated_mlp_wide.py: the forward, the gradients of the inputs, and of everything.
+# TILES: kernel -> largest number of channels -> tile, for 16-bit numbers.
 # begin: benchmarks/tune.py --write replaces these lines
 MEASURED = "not yet measured: chosen by registers, shared memory and reads of the L2 cache"
+LIMITS_MEASURED = (
+    "NVIDIA H200, 2026-11-26, Triton 3.6.0, torch 2.11.0+cu130; ms at batch 8",
+    "inputs, 256 channels: fused 1.87, PyTorch's products 0.65",
+    "weights, 256 channels: fused 2.01, PyTorch's products 1.00",
+    "weights, 128 channels: fused 1.72, PyTorch's products 1.69, for which 2 GB are kept",
+)
+MOST_CHANNELS = {"forward": 256, "inputs": 128, "weights": 128}
 TILES: dict[str, dict[int, Tile]] = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
     "input_grad": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-    "input_grad_of_style": {64: Tile(128, 32, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "input_grad_of_scale": {64: Tile(128, 32, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
     "weight_grad": {64: Tile(64, 64, 4, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
     "expand": {WIDE: Tile(128, 256, 8, 3)},
     "contract": {WIDE: Tile(128, 256, 8, 3)},
-    "hidden_grad": {WIDE: Tile(128, 128, 8, 4)},
-    "wide_input_grad": {WIDE: Tile(128, 256, 8, 3)},
+    "hidden_grad": {128: Tile(128, 64, 8, 3), 256: Tile(128, 128, 8, 4), WIDE: Tile(128, 128, 8, 4)},
 }
 # end
 
 # What benchmarks/tune.py tries besides. None of these spills in Triton 3.6 or 3.8.
+HIDDEN_GRAD = (
+    Tile(128, 128, 8, 3),
+    Tile(64, 128, 8, 3),
+    Tile(64, 128, 4, 3),
+    Tile(64, 128, 4, 4),
+    Tile(128, 64, 8, 3),
+    Tile(128, 64, 4, 4),
+)
 CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     "forward": {
         128: (
@@ -54,18 +70,41 @@ CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
         256: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2)),
     },
     "input_grad": {
-        128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2)),
+        128: (
+            Tile(128, 32, 8, 2),
+            Tile(128, 32, 8, 3),
+            Tile(128, 64, 8, 3),
+            Tile(64, 128, 8, 2),
+            Tile(64, 64, 8, 2),
+            Tile(64, 64, 4, 2),
+            Tile(64, 64, 4, 3),
+            Tile(64, 32, 4, 3),
+        ),
         256: (Tile(64, 64, 8, 2),),
     },
-    "input_grad_of_style": {128: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2))},
+    "input_grad_of_scale": {
+        128: (
+            Tile(128, 64, 8, 2),
+            Tile(128, 64, 8, 3),
+            Tile(128, 32, 8, 3),
+            Tile(64, 64, 4, 2),
+            Tile(64, 64, 4, 3),
+        )
+    },
     "weight_grad": {
-        128: (Tile(32, 128, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
+        128: (
+            Tile(32, 128, 8, 3),
+            Tile(32, 128, 8, 4),
+            Tile(32, 64, 4, 2),
+            Tile(64, 64, 8, 2),
+            Tile(64, 64, 4, 2),
+            Tile(64, 64, 4, 3),
+        ),
         256: (Tile(32, 64, 8, 3), Tile(16, 64, 8, 3)),
     },
     "expand": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4), Tile(128, 128, 4, 3))},
     "contract": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4), Tile(128, 128, 4, 3))},
-    "hidden_grad": {WIDE: (Tile(128, 128, 8, 3), Tile(64, 128, 8, 3))},
-    "wide_input_grad": {WIDE: (Tile(128, 256, 8, 4), Tile(128, 128, 8, 4))},
+    "hidden_grad": {128: HIDDEN_GRAD, 256: HIDDEN_GRAD, WIDE: HIDDEN_GRAD},
 }
 
 FLOAT32 = Tile(16, 16, 4, 1)
@@ -85,4 +124,9 @@ def tile(kernel: str, channels: int, pixels: int, dtype: torch.dtype) -> Tile:
 
 
 def _rows(pixels: int, height: int) -> int:
-    return -(-pixels // height) * height
+    return cdiv(pixels, height) * height
+
+
+def cdiv(count: int, step: int) -> int:
+    """Steps that it takes; Triton's own, which also serves in kernels, takes 5 us."""
+    return -(-count // step)

@@ -27,8 +27,8 @@ NAMES = ("output", "residual", "x", "style", "w1", "b1", "w2", "b2", "gamma")
 # One pixel, pixels that fill no tile, channels that fill no tile, more samples than one, several parts.
 SMALL = [(1, 8, 1, 1), (2, 16, 5, 7), (3, 24, 4, 3), (2, 40, 9, 16), (1, 16, 37, 41)]
 LARGE = [(2, 128, 48, 48), (1, 256, 33, 31), (8, 128, 24, 24), (2, 96, 40, 40), (1, 64, 64, 65)]
-# More channels than one kernel takes.
-WIDE_SMALL = [(2, 264, 3, 7), (3, 320, 9, 1)]
+# More channels than one kernel takes: in the backward alone, and in both passes.
+WIDE_SMALL = [(2, 136, 4, 5), (2, 264, 3, 7), (3, 320, 9, 1)]
 WIDE_LARGE = [(2, 512, 33, 31), (3, 512, 8, 8), (1, 384, 20, 20)]
 
 
@@ -126,7 +126,7 @@ def test_layouts_of_the_inputs_and_of_the_gradient_do_not_matter() -> None:
         assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("channels", [16, 40, 264])
+@pytest.mark.parametrize("channels", [16, 40, 136, 264])
 def test_gradients_of_inputs_alone(channels: int, poisoned_empty: None) -> None:
     dtype = torch.bfloat16
     inputs = [t.requires_grad_() for t in mlp_inputs((2, channels, 12, 13), dtype, 136)]
@@ -189,12 +189,12 @@ def test_an_empty_batch() -> None:
 
 @pytest.mark.parametrize("channels", [8, 264])
 def test_registered_operation(channels: int) -> None:
-    residual, x, style, w1, b1, w2, b2, _ = mlp_inputs((2, channels, 3, 5), torch.bfloat16, 32)
-    arguments = (residual, x, style, torch.rand(2, 32, device=DEVICE), w1, b1, w2, b2)
+    residual, x, _, *weights = mlp_inputs((2, channels, 3, 5), torch.bfloat16, 32)
+    arguments = (residual, x, torch.rand(2, 32, device=DEVICE), *weights)
     torch.library.opcheck(
-        torch.ops.vfmvae.modulated_mlp_triton.default, tuple(t.requires_grad_() for t in arguments)
+        torch.ops.vfmvae.demodulated_mlp.default, tuple(t.requires_grad_() for t in arguments)
     )
-    saved = tuple(t.detach() for t in arguments[1:-1])
+    saved = tuple(t.detach() for t in arguments[1:])
     for of_weights in (True, False):
         backward = (torch.randn_like(saved[0]), *saved, of_weights)
-        torch.library.opcheck(torch.ops.vfmvae.modulated_mlp_triton_backward.default, backward)
+        torch.library.opcheck(torch.ops.vfmvae.demodulated_mlp_backward.default, backward)

@@ -8,6 +8,7 @@ from vfmvae.ops.alignment import vf_alignment_loss
 from vfmvae.ops.attention import attention
 from vfmvae.ops.conv import depthwise_conv2d, pointwise_conv2d
 from vfmvae.ops.conv_norm import depthwise_group_norm
+from vfmvae.ops.convnext import modulated_convnext
 from vfmvae.ops.dispatch import Fused
 from vfmvae.ops.fusion import NormedLinear, fusion_projection
 from vfmvae.ops.gated import geglu
@@ -32,6 +33,7 @@ __all__ = [
     "group_norm",
     "input_gradients_only",
     "lpips_distance",
+    "modulated_convnext",
     "modulated_mlp",
     "modulated_to_rgb",
     "pointwise_conv2d",

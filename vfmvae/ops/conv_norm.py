@@ -41,6 +41,22 @@ def depthwise_group_norm(
     Raises:
         ValueError: shapes that do not fit, an even k, groups that do not divide C.
     """
+    check(x, conv_weight, conv_bias, noise, groups, weight, bias, eps, style)
+    return _DEPTHWISE_GROUP_NORM(fused, x, conv_weight, conv_bias, noise, groups, weight, bias, eps, style)
+
+
+def check(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    noise: Tensor | None,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    style: Tensor | None,
+) -> None:
+    """Raises what `depthwise_group_norm` raises."""
     channels, size = x.shape[1], conv_weight.shape[-1]
     if conv_weight.shape != (channels, 1, size, size) or size % 2 == 0:
         raise ValueError(
@@ -51,7 +67,6 @@ def depthwise_group_norm(
     if noise is not None and noise.shape != x.shape[2:]:
         raise ValueError(f"noise is {list(noise.shape)}; x {list(x.shape)} needs {list(x.shape[2:])}")
     check_group_norm(x, groups, weight, bias, None, style)
-    return _DEPTHWISE_GROUP_NORM(fused, x, conv_weight, conv_bias, noise, groups, weight, bias, eps, style)
 
 
 def depthwise_group_norm_reference(
@@ -84,7 +99,7 @@ def _separate(
     return group_norm(y, groups, weight, bias, eps, style=style)
 
 
-def _with_statistics(
+def with_statistics(
     x: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -99,7 +114,7 @@ def _with_statistics(
     return norm_cuda.group_norm_from_partials(y, partials, counts, groups, weight, bias, eps, None, style)
 
 
-def _why_not_cuda(
+def why_not_cuda(
     x: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -118,7 +133,7 @@ _DEPTHWISE_GROUP_NORM = Op(
     "depthwise_group_norm",
     depthwise_group_norm_reference,
     (
-        Implementation("cuda", _with_statistics, _why_not_cuda),
+        Implementation("cuda", with_statistics, why_not_cuda),
         Implementation("separate", _separate, always),
     ),
 )

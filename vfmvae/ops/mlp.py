@@ -44,6 +44,22 @@ def modulated_mlp(
     Raises:
         ValueError: shapes that do not fit, or a residual of another dtype than x.
     """
+    weights = (expand_weight, expand_bias, contract_weight, contract_bias, gamma)
+    check(residual, x, style, *weights)
+    return _MODULATED_MLP(fused, residual, x, style, *weights)
+
+
+def check(
+    residual: Tensor,
+    x: Tensor,
+    style: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    contract_weight: Tensor,
+    contract_bias: Tensor,
+    gamma: Tensor,
+) -> None:
+    """Raises what `modulated_mlp` raises."""
     batch, channels = x.shape[:2]
     hidden = expand_weight.shape[0]
     for name, tensor, shape in (
@@ -61,9 +77,6 @@ def modulated_mlp(
             )
     if residual.dtype != x.dtype:
         raise ValueError(f"residual is {residual.dtype} and x {x.dtype}; they must have the same dtype")
-    return _MODULATED_MLP(
-        fused, residual, x, style, expand_weight, expand_bias, contract_weight, contract_bias, gamma
-    )
 
 
 def modulated_mlp_reference(
@@ -98,9 +111,17 @@ def _modulated_mlp_gemm(
 def _modulated_mlp_triton(
     residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor
 ) -> Tensor:
-    return mlp_triton.modulated_mlp(
-        residual, x, style, demodulation(style, w1), w1, b1, w2 * gamma[:, None], b2 * gamma
-    )
+    modulated = x * style[:, :, None, None].to(x.dtype)
+    scale = demodulation(style, w1)
+    return mlp_triton.demodulated_mlp(residual, modulated, scale, w1, b1, w2, b2, gamma)
+
+
+def _why_not_triton(residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, *_: Tensor) -> str | None:
+    return mlp_triton.why_not(x, w1)
+
+
+def _why_not_triton_first(residual: Tensor, x: Tensor, *_: Tensor) -> str | None:
+    return mlp_triton.why_not_first(x)
 
 
 def _modulated_mlp_compiled(
@@ -156,7 +177,7 @@ _MODULATED_MLP = Op(
     modulated_mlp_reference,
     (
         Implementation("cpu", _modulated_mlp_compiled, mlp_cpu.why_not),
-        Implementation("triton", _modulated_mlp_triton, mlp_triton.why_not, mlp_triton.why_not_first),
+        Implementation("triton", _modulated_mlp_triton, _why_not_triton, _why_not_triton_first),
         Implementation("gemm", _modulated_mlp_gemm, always),
     ),
 )

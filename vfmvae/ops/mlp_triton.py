@@ -1,12 +1,14 @@
 """The modulated MLP by Triton kernels, as an operation that torch knows.
 
-    modulated_mlp(residual, x, style, demodulation, expand, expand_bias, contract, contract_bias)
-        = residual + contract gelu(demodulation * (expand (style * x)) + expand_bias) + contract_bias
+    demodulated_mlp(residual, x, demodulation, expand, expand_bias, contract, contract_bias, gamma)
+        = residual + gamma * (contract gelu(demodulation * (expand x) + expand_bias) + contract_bias)
 
-    residual, x [B, C, H, W]; style [B, C]; demodulation [B, E]; expand [E, C], expand_bias [E];
-    contract [C, E], contract_bias [C]                            ->  [B, C, H, W], channels-last, in x.dtype
+    residual, x [B, C, H, W]; demodulation [B, E]; expand [E, C], expand_bias [E];
+    contract [C, E], contract_bias, gamma [C]                     ->  [B, C, H, W], channels-last, in x.dtype
 
-Products take x.dtype and sum in float32. Only the arguments are kept for the backward pass.
+x comes times style: in a ConvNeXt layer the norm before multiplies by it (vfmvae/ops/convnext.py), and all
+samples share the weights. Products take x.dtype and sum in float32. Only the arguments are kept for the
+backward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ ROW_BYTES = 16
 """Rows of channels are multiples of this, or the hardware that copies tiles cannot read them."""
 
 
-def why_not(residual: Tensor, x: Tensor, style: Tensor, expand: Tensor, *_: Tensor) -> str | None:
+def why_not(x: Tensor, expand: Tensor) -> str | None:
     if x.dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float16, not {x.dtype}"
     multiple = ROW_BYTES // x.element_size()
@@ -35,7 +37,7 @@ def why_not(residual: Tensor, x: Tensor, style: Tensor, expand: Tensor, *_: Tens
     return native.why_no_triton(x)
 
 
-def why_not_first(residual: Tensor, x: Tensor, *_: Tensor) -> str | None:
+def why_not_first(x: Tensor) -> str | None:
     if x.dtype == torch.float32:
         return "products of float32 are faster by cuBLAS"
     return _older_card(x.device.index or 0) if x.device.type == "cuda" else None
@@ -54,12 +56,12 @@ def _older_card(device_index: int) -> str | None:
 def _fake(
     residual: Tensor,
     x: Tensor,
-    style: Tensor,
     demodulation: Tensor,
     expand: Tensor,
     expand_bias: Tensor,
     contract: Tensor,
     contract_bias: Tensor,
+    gamma: Tensor,
 ) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
@@ -67,118 +69,127 @@ def _fake(
 def _run(
     residual: Tensor,
     x: Tensor,
-    style: Tensor,
     demodulation: Tensor,
     expand: Tensor,
     expand_bias: Tensor,
     contract: Tensor,
     contract_bias: Tensor,
+    gamma: Tensor,
 ) -> Tensor:
-    from vfmvae.kernels.modulated_mlp import MOST_CHANNELS, mlp_fwd
+    from vfmvae.kernels.modulated_mlp import mlp_fwd
     from vfmvae.kernels.modulated_mlp_wide import wide_fwd
+    from vfmvae.kernels.tuned import MOST_CHANNELS
 
     out = torch.empty_like(x, memory_format=torch.channels_last)
     if x.numel() == 0:
         return out
-    dtype, residual, x = x.dtype, _pixels(residual), _pixels(x)
-    biases = _plain(expand_bias), _plain(contract_bias)
-    if x.shape[2] > MOST_CHANNELS:
-        scaled, weights = _modulated(x, style, dtype), (_dense(expand, dtype), _dense(contract, dtype))
-        wide_fwd(residual, scaled, _plain(demodulation), *weights, *biases, _pixels(out))
+    dtype, residual, x, into = x.dtype, _pixels(residual), _pixels(x), _pixels(out)
+    first, last_bias = _dense(expand, dtype), _plain(contract_bias * gamma)
+    if x.shape[2] > MOST_CHANNELS["forward"]:
+        second, run = _product(contract, gamma[:, None], dtype), wide_fwd
     else:
-        weights = _modulated(expand, style, dtype), _dense(contract.t(), dtype)
-        mlp_fwd(residual, x, _plain(demodulation), *weights, *biases, _pixels(out))
+        second, run = _product(contract.t(), gamma, dtype), mlp_fwd
+    run(residual, x, _plain(demodulation), first, second, _plain(expand_bias), last_bias, into)
     return out
 
 
 def _backward_fake(
     grad: Tensor,
     x: Tensor,
-    style: Tensor,
     demodulation: Tensor,
     expand: Tensor,
     expand_bias: Tensor,
     contract: Tensor,
+    contract_bias: Tensor,
+    gamma: Tensor,
     of_weights: bool,
 ) -> list[Tensor]:
-    """Gradients of x, style, demodulation and, if `of_weights`, of the four weights; float32 but for x."""
-    shapes = [style.shape, demodulation.shape]
-    if of_weights:
-        shapes += [expand.shape, expand_bias.shape, contract.shape, contract.shape[:1]]
+    """Gradients of x, demodulation and, if `of_weights`, of the others in order; float32 but for x."""
+    asked = (demodulation, expand, expand_bias, contract, contract_bias, gamma)[: 6 if of_weights else 1]
     of_x = torch.empty_like(x, memory_format=torch.channels_last)
-    return [of_x, *(torch.empty(s, dtype=torch.float32, device=x.device) for s in shapes)]
+    return [of_x, *(torch.empty(t.shape, dtype=torch.float32, device=x.device) for t in asked)]
 
 
 def _run_backward(
     grad: Tensor,
     x: Tensor,
-    style: Tensor,
     demodulation: Tensor,
     expand: Tensor,
     expand_bias: Tensor,
     contract: Tensor,
+    contract_bias: Tensor,
+    gamma: Tensor,
     of_weights: bool,
 ) -> list[Tensor]:
-    from vfmvae.kernels.modulated_mlp import MOST_CHANNELS
+    from vfmvae.kernels.tuned import MOST_CHANNELS
 
     if x.numel() == 0:
-        found = _backward_fake(grad, x, style, demodulation, expand, expand_bias, contract, of_weights)
+        found = _backward_fake(
+            grad, x, demodulation, expand, expand_bias, contract, contract_bias, gamma, of_weights
+        )
         return [t.zero_() for t in found]
     of_x = torch.empty_like(x, memory_format=torch.channels_last)
     grad, x = _pixels(grad.to(x.dtype)), _pixels(x)
-    weights = _plain(style), _plain(demodulation), _plain(expand), _plain(expand_bias), contract
-    run = _wide_gradients if x.shape[2] > MOST_CHANNELS else _gradients
-    return [of_x, *run(grad, x, *weights, of_weights, _pixels(of_x))]
+    most = MOST_CHANNELS["weights" if of_weights else "inputs"]
+    run = wide_gradients if x.shape[2] > most else fused_gradients
+    given = _plain(demodulation), _dense(expand, x.dtype), _plain(expand_bias), contract, gamma
+    found = run(grad, x, *given, of_weights, _pixels(of_x))
+    if not of_weights:
+        return [of_x, *found]
+    *found, of_scaled, of_scaled_bias = found
+    of_contract = _product(of_scaled, gamma[:, None], torch.float32)
+    of_gamma = (of_scaled * contract).sum(1).addcmul_(of_scaled_bias, contract_bias)
+    return [of_x, *found, of_contract, _plain(of_scaled_bias * gamma), of_gamma]
 
 
-def _gradients(
+def fused_gradients(
     grad: Tensor,
     x: Tensor,
-    style: Tensor,
     demodulation: Tensor,
     expand: Tensor,
     expand_bias: Tensor,
     contract: Tensor,
+    gamma: Tensor,
     of_weights: bool,
     of_x: Tensor,
 ) -> list[Tensor]:
-    """Fills of_x; returns the other gradients."""
+    """Fills of_x; returns the other gradients, last of gamma * contract and gamma * contract_bias.
+
+    Tensors are as _run_backward hands them over.
+    """
     from vfmvae.kernels.modulated_mlp_backward import mlp_input_grad, mlp_weight_grad
 
-    first, second = _modulated(expand, style, x.dtype), _dense(contract.t(), x.dtype)
-    given = (grad, x, style, demodulation, _dense(expand, x.dtype), first, expand_bias, second)
-    of_inputs = mlp_input_grad(*given, of_x, of_style=not of_weights)
-    if of_inputs.style is not None and of_inputs.demodulation is not None:
-        return [of_inputs.style, of_inputs.demodulation]
+    given = (grad, x, demodulation, expand, expand_bias, _product(contract.t(), gamma, x.dtype))
+    sums = mlp_input_grad(*given, of_x, of_scale=not of_weights)
+    if not of_weights:
+        return [sums]
     found = mlp_weight_grad(*given)
-    weights = [found.first, found.first_bias, found.second.t().contiguous(), of_inputs.last_bias]
-    return [found.style, found.demodulation, *weights]
+    return [found.demodulation, found.first, found.first_bias, found.second.t(), sums]
 
 
-def _wide_gradients(
+def wide_gradients(
     grad: Tensor,
     x: Tensor,
-    style: Tensor,
     demodulation: Tensor,
     expand: Tensor,
     expand_bias: Tensor,
     contract: Tensor,
+    gamma: Tensor,
     of_weights: bool,
     of_x: Tensor,
 ) -> list[Tensor]:
     """The same for more channels."""
-    from vfmvae.kernels.modulated_mlp_wide import hidden_grad, input_grad
+    from vfmvae.kernels.modulated_mlp_wide import hidden_grad
 
-    scaled, first = _modulated(x, style, x.dtype), _dense(expand, x.dtype)
-    grad_z, hidden, of_demodulation, of_expand_bias = hidden_grad(
-        grad, scaled, demodulation, first, expand_bias, _dense(contract, x.dtype), of_weights
-    )
-    of_style = input_grad(grad_z, first, x, style, of_x)
-    if hidden is None:
-        return [of_style, of_demodulation]
-    of_expand, of_contract = _sum_of_products(grad_z, scaled), _sum_of_products(grad, hidden)
+    given = (grad, x, demodulation, expand, expand_bias, _product(contract, gamma[:, None], x.dtype))
+    grad_z, of_demodulation, for_weights = hidden_grad(*given, of_weights)
+    torch.mm(grad_z.flatten(0, 1), expand, out=of_x.flatten(0, 1))
+    if for_weights is None:
+        return [of_demodulation]
+    hidden, of_expand_bias = for_weights
+    of_expand, of_contract = _sum_of_products(grad_z, x), _sum_of_products(grad, hidden)
     of_contract_bias = grad.sum((0, 1), dtype=torch.float32)
-    return [of_style, of_demodulation, of_expand, of_expand_bias, of_contract, of_contract_bias]
+    return [of_demodulation, of_expand, of_expand_bias, of_contract, of_contract_bias]
 
 
 def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
@@ -190,12 +201,12 @@ def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:-1])
+    ctx.save_for_backward(*inputs[1:])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
-    of_weights = any(needs[4:]) and weight_gradients_wanted()
+    of_weights = any(needs[3:]) and weight_gradients_wanted()
     found: list[Tensor | None] = [*_mlp_backward(grad, *ctx.saved_tensors, of_weights)]
     found += [None] * (len(needs) - 1 - len(found))
     kept = [g if need else None for g, need in zip(found, needs[1:], strict=True)]
@@ -216,15 +227,17 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype).contiguous()
+    """In one pass, at an address that tiles can be copied from."""
+    if weight.dtype == dtype and weight.is_contiguous() and weight.data_ptr() % ROW_BYTES == 0:
+        return weight
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device).copy_(weight)
 
 
-def _modulated(tensor: Tensor, style: Tensor, dtype: torch.dtype) -> Tensor:
-    """tensor [(B,) N, C] times style [B, C]: [B, N, C] in dtype, rounded once, in one pass."""
-    out = torch.empty(len(style), *tensor.shape[-2:], dtype=dtype, device=style.device)
-    return torch.mul(tensor, style.float()[:, None, :], out=out)
+def _product(weight: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight * factor, dense and rounded to dtype once, in one pass."""
+    return torch.mul(weight, factor, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
 
 
 _DEVICES = ("cpu", "cuda")
-_mlp_backward = operation("modulated_mlp_triton_backward", _run_backward, _backward_fake, _DEVICES)
-modulated_mlp = operation("modulated_mlp_triton", _run, _fake, _DEVICES, Autograd(_setup, _backward))
+_mlp_backward = operation("demodulated_mlp_backward", _run_backward, _backward_fake, _DEVICES)
+demodulated_mlp = operation("demodulated_mlp", _run, _fake, _DEVICES, Autograd(_setup, _backward))

@@ -142,7 +142,7 @@ class ConvNeXtLayer(nn.Module):
             self.noise_strength = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        y = ops.depthwise_group_norm(
+        return ops.modulated_convnext(
             x,
             self.depthwise.weight,
             self.depthwise.bias,
@@ -150,11 +150,6 @@ class ConvNeXtLayer(nn.Module):
             self.norm.groups,
             self.norm.weight,
             self.norm.bias,
-            fused=self.fused,
-        )
-        return ops.modulated_mlp(
-            x,
-            y,
             self.style(style),
             self.expand_weight,
             self.expand_bias,
