@@ -41,7 +41,7 @@ MOST_CHANNELS = {"forward": 256, "inputs": 128, "weights": 128}
 TILES: dict[str, dict[int, Tile]] = {
     "forward": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
     "input_grad": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2)},
-    "input_grad_of_scale": {64: Tile(128, 32, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "input_grad_of_scale": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     "weight_grad": {64: Tile(64, 64, 4, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2)},
     "expand": {WIDE: Tile(128, 256, 8, 3)},
     "contract": {WIDE: Tile(128, 256, 8, 3)},
@@ -84,7 +84,7 @@ CANDIDATES: dict[str, dict[int, tuple[Tile, ...]]] = {
     },
     "input_grad_of_scale": {
         128: (
-            Tile(128, 64, 8, 2),
+            Tile(128, 32, 8, 2),
             Tile(128, 64, 8, 3),
             Tile(128, 32, 8, 3),
             Tile(64, 64, 4, 2),
