@@ -151,6 +151,8 @@ def measure_in_a_process(side: Side, options: argparse.Namespace, ceilings: Ceil
 def measure(side: Side, options: argparse.Namespace, device: torch.device, ceilings: Ceilings) -> bool:
     """Adds the rows of one side to the file, with half the batch where memory ends; False if it fails."""
     fine, before = True, peak_bytes(device)
+    where = provenance(device)
+    where |= {"device": str(device), "device_name": where["device"]}
     batch = options.batch or BATCH[device.type][side.size]
     # On a CPU only the most that a process ever held is known, so the task that needs most comes last.
     remaining = list(TASKS if device.type == "cuda" else TASKS[::-1])
@@ -164,9 +166,7 @@ def measure(side: Side, options: argparse.Namespace, device: torch.device, ceili
                 peak = peak_bytes(device) - (before if device.type == "cpu" else 0)
                 row |= {"dtype": options.dtype, "batch": batch, "peak_memory_bytes": peak}
                 print(one_line(row), flush=True)
-                add_row(
-                    options.json, {**row, **provenance(device), **ceilings.as_dict(), "device": str(device)}
-                )
+                add_row(options.json, {**row, **where, **ceilings.as_dict()})
                 remaining.pop(0)
         except torch.OutOfMemoryError:
             print(f"{side.size}, {side.route}, {remaining[0]}: no memory for {batch} images", flush=True)
