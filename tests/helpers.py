@@ -22,6 +22,19 @@ ROOT = Path(__file__).parents[1]
 
 requires_extension = pytest.mark.skipif(find_spec("vfmvae._C") is None, reason="vfmvae._C is not built")
 
+# For parametrize; conftest.py skips what is marked gpu where there is none.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# The compiled operations: implementation, which is also the device's name, and dtype.
+COMPILED = [
+    *(pytest.param("cpu", dtype, marks=requires_extension) for dtype in (torch.float32, torch.bfloat16)),
+    *(
+        pytest.param("cuda", dtype, marks=[requires_extension, pytest.mark.gpu])
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ),
+]
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory that a block may have on sm_90."""
+
 # Largest relative error ||out - truth|| / ||truth|| of an implementation, whatever PyTorch's own error is.
 RELATIVE_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float64: 1e-12}
 

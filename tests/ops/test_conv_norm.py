@@ -8,8 +8,6 @@ from tests.helpers import assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
 
-requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def random_inputs(shape: tuple[int, ...], size: int, bias: float = 0.0) -> list[Tensor]:
     """x, weight and bias of the convolution, noise, weight and bias of the norm, style."""
@@ -42,7 +40,7 @@ def test_is_one_operation_after_the_other(shape: tuple[int, ...], groups: int, s
 
 
 @requires_extension
-@requires_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "groups", "size"),

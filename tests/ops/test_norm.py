@@ -6,21 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import assert_kernel_close, requires_extension
+from tests.helpers import COMPILED, DEVICES, assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
 from vfmvae.ops.norm import ACTIVATIONS
-
-COMPILED = [  # implementation, which is also the device's name, and dtype
-    ("cpu", torch.float32),
-    ("cpu", torch.bfloat16),
-    *(
-        ("cuda", dtype)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if torch.cuda.is_available()
-    ),
-]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def test_group_norm_has_zero_mean_and_unit_variance_per_group() -> None:
