@@ -74,7 +74,8 @@ def test_statistics_of_the_convolution_serve_the_norm(
             error = (one.double() - exact).norm() / exact.norm()
             assert error < 1e-4, f"{what}: relative error {error:.2e}"  # a mean of 50 costs two digits
         else:
-            assert_kernel_close(one, other, exact, what)
+            pixels = shape[0] * shape[2] * shape[3]
+            assert_kernel_close(one, other, exact, what, terms=0 if what in ("output", "x") else pixels)
     again = with_gradients("cuda")
     assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True)), "not deterministic"
 
