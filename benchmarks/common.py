@@ -8,9 +8,10 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,6 +138,24 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def one_line(where: Mapping[str, Any]) -> str:
     """Provenance and ceilings for a reader."""
     return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in where.items())
+
+
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """By rich if it is there, else in columns of plain text: a fresh GPU machine may not have it."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        lines = [headings, *rows]
+        widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
+        print(title)
+        for line in lines:
+            print("  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=False)).rstrip())
+        return
+    table = Table(*headings, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=150, markup=False).print(table)
 
 
 def write_result(path: Path, result: Mapping[str, Any] | list[dict[str, Any]]) -> None:

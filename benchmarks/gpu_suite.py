@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("torch", "triton", "numpy", "timm", "rich", "filelock", "safetensors", "huggingface_hub", "PIL")
+NEEDED = ("torch", "triton", "numpy", "timm", "filelock", "safetensors", "huggingface_hub", "PIL")
 NEEDED += ("yaml", "skimage", "scipy", "pytest", "pybind11", "setuptools")
 GRACE_S = 5.0
 """Between asking a part to end and ending it."""
@@ -73,10 +73,11 @@ def parts(device: str, output: Path, architecture: str | None) -> list[Part]:
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     building = {"VFMVAE_BUILD": "cuda" if cuda else "cpu", "VFMVAE_CUDA_ARCHS": architecture or ""}
     checks = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/kernels/check_*.py"))
-    kernels = tests(*checks, "tests/ops", "tests/csrc", select=GPU_TESTS)
-    others = tests("tests/ops", "tests/csrc", select=f"not ({GPU_TESTS})")
-    engine = tests("tests/test_train_job.py", "tests/training", select="gpu or cuda")
-    graphs = tests("tests/test_compiled_step.py", select="gpu or cuda", limit_s=120)
+    kernels = tests(*checks, *OPERATIONS, select=GPU) if cuda else tests(*checks, select=())
+    engine = tests(*ENGINE, select=GPU, limit_s=100)
+    graphs = tests(*GRAPHS, select=GPU, limit_s=100)
+    # on_the_gpu: what starts tests/kernels once more.
+    others = tests(*OPERATIONS, select=("-m", "not gpu", "-k", "not on_the_gpu"))
     size = ["--dtype", "bf16", "--size", "full"] if cuda else ["--size", "demo", "--repeats", "2"]
     speed = benchmark("kernels", f"kernels-{device}", device, output, *size)
     compared = benchmark("kernels", f"kernels-compile-{device}", device, output, *size, "--compile")
@@ -85,10 +86,10 @@ def parts(device: str, output: Path, architecture: str | None) -> list[Part]:
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or the next tensor hides a write past the end
     table = [
         Part("build", build, 150, environment=building),
-        Part("kernels", kernels, 120, environment=ONE_THREAD | ({} if cuda else {"TRITON_INTERPRET": "1"})),
-        Part("speed", speed, 90, correctness=False),
+        Part("kernels", kernels, 150, environment=ONE_THREAD | ({} if cuda else {"TRITON_INTERPRET": "1"})),
+        Part("engine", engine, 120, environment=ONE_THREAD),
+        Part("speed", speed, 60, correctness=False),
         Part("throughput", throughput, 150, correctness=False),
-        Part("engine", engine, 60, environment=ONE_THREAD),
         Part("memcheck", sanitizer("memcheck"), 60, environment=uncached),
         Part("racecheck", sanitizer("racecheck"), 60, environment=uncached),
         Part("graphs", graphs, 120, environment=ONE_THREAD),
@@ -99,17 +100,23 @@ def parts(device: str, output: Path, architecture: str | None) -> list[Part]:
 
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # several test processes share the CPU
-NEED_A_GPU = ("memcheck", "racecheck", "graphs", "compile")
-GPU_TESTS = "(check_ or cuda or gpu) and not on_the_gpu and not for_hopper"
-"""pytest's -k: all of tests/kernels, and of the other files what names the device; what compiles for another
-machine, or starts tests/kernels once more, is left out."""
+NEED_A_GPU = ("engine", "memcheck", "racecheck", "graphs", "compile")
+GPU = ("-m", "gpu")
+OPERATIONS = ("tests/ops", "tests/csrc")
+ENGINE = ("tests/tokenizer/test_decoder_graph.py", "tests/test_train_job.py", "tests/test_fused_run.py")
+ENGINE += tuple(
+    f"tests/training/test_{name}.py" for name in ("checkpoint", "device", "draws", "ema", "optim")
+)
+GRAPHS = ("tests/test_compiled_step.py",)
+"""Files, not all of tests/, as those of the command lines need what a GPU machine may lack;
+tests/benchmarks/test_gpu_suite.py sees to it that every test marked gpu is in one part."""
 
 
-def tests(*files: str, select: str, limit_s: float = 60) -> list[str]:
+def tests(*files: str, select: Sequence[str], limit_s: float = 60) -> list[str]:
     """The pytest command: in several processes where pytest-xdist is installed, so that a kernel that breaks
     its process's CUDA context does not take the other tests with it. `limit_s`: of one test."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["--continue-on-collection-errors", "-k", select, "-p", "tests.lost_context"]
+    command += ["--continue-on-collection-errors", *select, "-p", "tests.lost_context"]
     if find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(6, (os.cpu_count() or 2) // 2)))]
     if find_spec("pytest_timeout") is not None:

@@ -28,9 +28,16 @@ from typing import Any
 
 import torch
 from cases import OPERATIONS, PASSES, Case, Pass, Shape
-from common import RESULTS, Ceilings, Stopwatch, measure_ceilings, one_line, provenance, write_result
-from rich.console import Console
-from rich.table import Table
+from common import (
+    RESULTS,
+    Ceilings,
+    Stopwatch,
+    measure_ceilings,
+    one_line,
+    print_table,
+    provenance,
+    write_result,
+)
 from torch import Tensor
 
 from vfmvae import ops
@@ -159,7 +166,9 @@ def race(
             run, y = prepare(case, name, tensors)
             for function in run.values():
                 watch.seconds(function)  # kernels are compiled and chosen
-        except Exception as error:  # any fault of one implementation: the others are measured
+        # TritonError is an Exception of its own, and a launch with wrong arguments a TypeError: whatever one
+        # implementation raises, the others are measured.
+        except Exception as error:
             if not is_objection(error):
                 yield failed(name, error)
             continue
@@ -225,15 +234,13 @@ def backward(y: Tensor, inputs: list[Tensor], grad: Tensor) -> object:
 
 
 def show(rows: list[dict[str, Any]], where: dict[str, Any]) -> None:
-    table = Table(title="ms (times faster than the reference, share of the floor)", title_justify="left")
-    for heading in ("", "shape", "by", "forward", "gradients of inputs", "all gradients"):
-        table.add_column(heading)
+    cells = []
     for row in sorted(rows, key=lambda row: list(OPERATIONS).index(row["op"])):
-        cells = [row["error"]] if "error" in row else [cell(row, part) for part in PASSES]
-        table.add_row(row["op"], "x".join(map(str, row["shape"])), row["implementation"], *cells)
-    console = Console(width=150)
-    console.print(table)
-    console.print(one_line(where), highlight=False, soft_wrap=True)
+        found = [row["error"]] if "error" in row else [cell(row, part) for part in PASSES]
+        cells.append([row["op"], "x".join(map(str, row["shape"])), row["implementation"], *found])
+    headings = ("", "shape", "by", "forward", "gradients of inputs", "all gradients")
+    print_table("ms (times faster than the reference, share of the floor)", headings, cells)
+    print(one_line(where))
 
 
 def cell(row: dict[str, Any], part: Pass) -> str:

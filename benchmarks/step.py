@@ -25,10 +25,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from common import RESULTS, provenance, seconds, write_result
+from common import RESULTS, print_table, provenance, seconds, write_result
 from published_step import PublishedStep
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from vfmvae.config import TrainConfig
@@ -212,17 +210,15 @@ def peak_mib_of_a_process(variant: Variant) -> float:
 
 def show(result: Mapping[str, Any]) -> None:
     title = f"{result['size']}, {result['dtype']}, batch {result['batch']}"
-    table = Table("", "images/s", "ours is faster by", "peak memory (MiB)", title=title, title_justify="left")
+    rows = []
     for name, rate in result["images_per_second"].items():
         factor = result["times_faster_than"].get(name)
         shown = "" if factor is None else f"{factor:.2f}x"
         memory = result["peak_memory_mib"].get(name)
-        table.add_row(name, f"{rate:.2f}", shown, "" if memory is None else f"{memory:.0f}")
-    console = Console()
-    console.print(table)
+        rows.append([name, f"{rate:.2f}", shown, "" if memory is None else f"{memory:.0f}"])
+    print_table(title, ("", "images/s", "ours is faster by", "peak memory (MiB)"), rows)
     where = ("date", "device", "threads", "torch", "python")
-    line = ", ".join(f"{key} {result[key]}" for key in where)
-    console.print(line, highlight=False, soft_wrap=True)
+    print(", ".join(f"{key} {result[key]}" for key in where))
 
 
 if __name__ == "__main__":

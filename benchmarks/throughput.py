@@ -35,10 +35,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from common import RESULTS, Ceilings, measure_ceilings, one_line, provenance, seconds, write_result
+from common import (
+    RESULTS,
+    Ceilings,
+    measure_ceilings,
+    one_line,
+    print_table,
+    provenance,
+    seconds,
+    write_result,
+)
 from published_step import PublishedStep
-from rich.console import Console
-from rich.table import Table
 from step import Precision, Size, configuration, our_step
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -333,18 +340,16 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
 
 def show(rows: list[dict[str, Any]], where: dict[str, Any]) -> None:
     """Each task's paths and how much faster ours is than each."""
-    table = Table(title="images/s", title_justify="left")
-    for heading in ("", "path", "images/s", "fused is faster by", "peak memory (MiB)", "of the ceiling"):
-        table.add_column(heading)
+    lines = []
     for row in rows:
         fused = rate_of(rows, row["config"], row["name"], "fused")
         ratio = f"{fused / row['images_per_second']:.2f}x" if fused and row["path"] != "fused" else ""
         cells = [f"{row['images_per_second']:.3g}", ratio, f"{row['peak_memory_bytes'] / 2**20:.0f}"]
         what = f"{row['config']}, {row['name']}, batch {row['batch']}, {row['dtype']}"
-        table.add_row(what, row["path"], *cells, f"{row['ceiling_share']:.1%}")
-    console = Console(width=120)
-    console.print(table)
-    console.print(one_line(where), highlight=False, soft_wrap=True)
+        lines.append([what, row["path"], *cells, f"{row['ceiling_share']:.1%}"])
+    headings = ("", "path", "images/s", "fused is faster by", "peak memory (MiB)", "of the ceiling")
+    print_table("images/s", headings, lines)
+    print(one_line(where))
 
 
 def rate_of(rows: list[dict[str, Any]], size: str, task: str, route: str) -> float | None:

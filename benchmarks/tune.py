@@ -11,15 +11,14 @@ Candidates must not spill: tests/ops/test_mlp_triton.py compiles them for sm_90.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
-import tyro
 from torch import Tensor
 from triton.testing import do_bench
 
@@ -31,17 +30,18 @@ SIDES = {128: 256, 256: 128, WIDE: 64}
 """Channels -> side of the map in the published decoder at 256 px; WIDE is 512 channels."""
 
 
-@dataclass
-class Options:
-    """Time the tiles of the matrix kernels. Example: python benchmarks/tune.py --batch 16 --write"""
-
-    batch: int = 8
-    kernel: str | None = None
-    write: bool = False
+def read_options() -> argparse.Namespace:
+    # argparse: a fresh GPU machine may not have tyro.
+    parser = argparse.ArgumentParser(prog="python benchmarks/tune.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--kernel", choices=(*TILES, "limits"), help="one kernel; without it all of them")
+    parser.add_argument("--write", action="store_true", help="put the fastest into kernels/tuned.py")
+    return parser.parse_args()
 
 
 def main() -> None:
-    options = tyro.cli(Options, prog="python benchmarks/tune.py")
+    options = read_options()
     for name in TILES if options.kernel is None else {options.kernel} - {"limits"}:
         for channels in TILES[name]:
             if channels in SIDES:

@@ -115,7 +115,7 @@ def test_every_pass_is_announced_before_its_first_forward(monkeypatch: pytest.Mo
         assert events.count("begin") == 2 * len(begin)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [{}, {"share_forward": False}, {"accumulate": 2}, {"recompute": True}])
 def test_cuda_graphs_train_as_without(options: dict[str, Any]) -> None:
     plain, recorded = ready("cuda", **options), ready("cuda", compile="cuda-graphs", **options)

@@ -36,6 +36,23 @@ def test_a_small_error_everywhere_fails_even_where_pytorch_is_bad() -> None:
         assert_kernel_close(truth.float() * 1.001, eager, truth)
 
 
+def test_a_small_element_may_not_be_as_wrong_as_a_large_one_and_a_sum_may() -> None:
+    truth = torch.ones(100, dtype=torch.float64)
+    truth[0], truth[1] = 1000, 1e-3
+    eager = truth.float()
+    truth = eager.double()  # eager is exact
+    out = eager.clone()
+    out[0] += 6e-5  # one rounding of itself
+    assert_kernel_close(out, eager, truth)
+    out[1] += 6e-5
+    with pytest.raises(AssertionError, match=r"error .* at \[1\]"):
+        assert_kernel_close(out, eager, truth)
+    assert_kernel_close(out, eager, truth, terms=4096)
+    out[1] += 6e-4
+    with pytest.raises(AssertionError, match=r"error .* at \[1\]"):
+        assert_kernel_close(out, eager, truth, terms=4096)
+
+
 def test_elements_that_were_never_written_fail(poisoned_empty: None) -> None:
     truth, eager = results(torch.float32)
     out = torch.empty_like(eager)

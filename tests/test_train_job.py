@@ -355,7 +355,7 @@ def test_a_step_asks_the_device_for_nothing(kind: str, dtype: str) -> None:
     assert {"preservation", "adversarial_factor", "alignment_factor"} <= result.losses.keys()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_step_on_a_gpu_does_not_synchronise() -> None:
     config = everything()
     ready = built(*config.stages, engine=config.engine, device="cuda", dtype="bf16")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.benchmarks.scripts import script
+from tests.helpers import run_python
 
 suite = script("gpu_suite")
 
@@ -120,10 +122,45 @@ def test_without_a_gpu_it_says_so(
 
 def test_on_a_gpu_correctness_comes_first_and_the_kernels_are_sanitized(tmp_path: Path) -> None:
     found = suite.parts("cuda", tmp_path, "90a-real")
-    assert [p.name for p in found[:4]] == ["build", "kernels", "speed", "throughput"]
+    assert [p.name for p in found[:5]] == ["build", "kernels", "engine", "speed", "throughput"]
     assert found[0].environment == {"VFMVAE_BUILD": "cuda", "VFMVAE_CUDA_ARCHS": "90a-real"}
     assert any("check_gated.py" in word for word in found[1].command)
     assert {"memcheck", "racecheck"} <= {p.name for p in found}
     for p in found:
         scripts = [word for word in p.command if word.endswith(".py")]
         assert all((suite.ROOT / name).is_file() for name in scripts), scripts
+
+
+# Collects without running; the last line of what it prints is the names of the marked tests in each set.
+# tests/kernels are marked where there is a GPU, so while they are imported there is one.
+COLLECT = """
+import json, sys
+import pytest, torch
+
+available = torch.cuda.is_available
+
+def collect(arguments):
+    class Marked:
+        names = ()
+        def pytest_collectstart(self, collector):
+            torch.cuda.is_available = (lambda: True) if "check_" in collector.name else available
+        def pytest_collection_finish(self, session):
+            self.names = [item.nodeid for item in session.items if item.get_closest_marker("gpu")]
+    marked = Marked()
+    assert pytest.main(["--collect-only", "-qq", "-p", "no:cacheprovider", *arguments], [marked]) in (0, 5)
+    return marked.names
+
+print(json.dumps([collect(arguments) for arguments in json.loads(sys.argv[1])]))
+"""
+
+
+def test_every_test_that_needs_a_gpu_is_in_one_part(tmp_path: Path) -> None:
+    commands = [p.command for p in suite.parts("cuda", tmp_path, "90a-real")]
+    selections = [c[3:] for c in commands if c[1:3] == ["-m", "pytest"]]
+    checks = sorted(str(path) for path in suite.ROOT.glob("tests/kernels/check_*.py"))
+    printed = run_python("-c", COLLECT, json.dumps([["tests"], checks, *selections]), cwd=suite.ROOT)
+    others, of_checks, *chosen = json.loads(printed.splitlines()[-1])
+    assert all(any(Path(check).name in name for name in of_checks) for check in checks)
+    everything = [*others, *of_checks]
+    in_parts = Counter(name for names in chosen for name in names)
+    assert in_parts == Counter(everything), in_parts - Counter(everything) or Counter(everything) - in_parts

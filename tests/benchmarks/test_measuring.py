@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,23 @@ def test_the_document_has_a_place_for_every_table_of_the_suite(tmp_path: Path) -
             tables.replace_table(document, name, "")
 
 
-def test_what_the_suite_runs_does_not_need_tyro(tmp_path: Path) -> None:
-    (tmp_path / "tyro.py").write_text("raise ImportError('tyro is not installed')\n")
+def test_what_runs_on_a_gpu_needs_neither_tyro_nor_rich(tmp_path: Path) -> None:
+    for name in ("tyro", "rich"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not installed')\n")
     folders = [str(tmp_path), str(ROOT / "benchmarks"), str(ROOT)]
     run_python("-c", "import kernels, throughput, tables, gpu_suite", env={"PYTHONPATH": ":".join(folders)})
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_table_is_printed_with_rich_and_without(
+    rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)  # importing it raises
+    common.print_table("ms", ("op", "forward"), [("geglu", "0.1 (2x)"), ("group_norm", "[broken]")])
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.strip() == "ms"
+    for cells in (("op", "forward"), ("geglu", "0.1 (2x)"), ("group_norm", "[broken]")):
+        assert any(all(cell in line for cell in cells) for line in lines), cells
+    if not rich:
+        assert lines[1] == "geglu       0.1 (2x)"

@@ -14,7 +14,9 @@ from torch import Tensor
 from tests.helpers import assert_kernel_close
 from vfmvae.ops import geglu
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((2, 5, 64), (1, 1), (3, 7, 11), (33,), (2, 2049), (1000, 3))
 

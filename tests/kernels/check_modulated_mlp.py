@@ -22,6 +22,7 @@ from vfmvae.kernels.gelu import gelu_and_slope
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
 NAMES = ("output", "residual", "x", "style", "w1", "b1", "w2", "b2", "gamma")
 
 # One pixel, pixels that fill no tile, channels that fill no tile, more samples than one, several parts.

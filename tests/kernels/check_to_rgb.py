@@ -15,6 +15,7 @@ from vfmvae import ops
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One pixel, channels that fill no vector, more than one chunk of channels, several parts, odd sizes.
 SHAPES = [(1, 8, 1, 1), (2, 16, 5, 7), (3, 13, 4, 3), (1, 300, 3, 5), (2, 32, 37, 41), (1, 1, 6, 9)]

@@ -4,21 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import assert_kernel_close, requires_extension
+from tests.helpers import COMPILED, DEVICES, assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
 from vfmvae.ops.conv import depthwise_conv2d_reference, depthwise_conv2d_with_statistics
-
-COMPILED = [  # implementation, which is also the device's name, and dtype
-    ("cpu", torch.float32),
-    ("cpu", torch.bfloat16),
-    *(
-        ("cuda", dtype)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if torch.cuda.is_available()
-    ),
-]
-requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_depthwise_is_a_sum_over_the_window() -> None:
@@ -84,12 +73,14 @@ def test_compiled_depthwise_and_its_gradients(
     compiled, eager, truth = run(device), run(False), run(False, wide=True)
     assert compiled[0].is_contiguous(memory_format=torch.channels_last)
     names = ("output", "grad of x", "grad of weight", "grad of bias", "grad of noise")
-    for what, *results in zip(names, compiled, eager, truth, strict=True):
-        assert_kernel_close(*results, what)
+    pixels = shape[0] * shape[2] * shape[3]
+    terms = (0, 0, pixels, pixels, shape[0] * channels)
+    for what, count, *results in zip(names, terms, compiled, eager, truth, strict=True):
+        assert_kernel_close(*results, what, terms=count)
 
 
 @requires_extension
-@requires_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [3, 5, 7])
 @pytest.mark.parametrize("shape", [(8, 128, 256, 256), (1, 136, 131, 97), (8, 512, 32, 32)], ids=str)
@@ -123,7 +114,7 @@ def test_depthwise_at_full_size(
 
 
 @requires_extension
-@requires_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [3, 7])
 @pytest.mark.parametrize(
@@ -166,7 +157,7 @@ def test_values_that_are_not_finite_spread(channels: int, device: str, dtype: to
 
 
 @requires_extension
-@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("device", DEVICES)
 def test_depthwise_of_an_empty_batch(device: str) -> None:
     x = torch.empty(0, 8, 4, 4, device=device, requires_grad=True)
     weight = torch.randn(8, 1, 3, 3, device=device, requires_grad=True)
@@ -213,7 +204,7 @@ def test_a_frozen_weight_gets_no_gradient_and_the_input_does() -> None:
 
 
 @requires_extension
-@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_depthwise_operations_are_known_to_torch(device: str) -> None:
     known = torch.ops.vfmvae
     x, grad = torch.randn(2, 2, 5, 6, 4, device=device).permute(0, 1, 4, 2, 3)

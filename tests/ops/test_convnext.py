@@ -9,7 +9,6 @@ from tests.ops.agreement import assert_agrees
 from vfmvae import ops
 from vfmvae.ops import convnext, mlp_triton
 
-requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NAMES = ("output", "x", "conv", "conv bias", "noise", "norm", "norm bias", "style", "w1", "b1", "w2", "b2")
 
 
@@ -73,7 +72,7 @@ def on_gpu(shape: tuple[int, ...], size: int, dtype: torch.dtype) -> tuple[list[
 
 # Hidden numbers in registers in both passes, in the forward alone, in neither; samples of one pixel column.
 @requires_extension
-@requires_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("shape", "groups", "size", "dtype"),
     [
@@ -107,7 +106,7 @@ def test_the_norm_modulates(
 
 
 @requires_extension
-@requires_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("channels", [64, 256])
 def test_gradients_of_inputs_alone(channels: int, poisoned_empty: None) -> None:
     inputs, grad = on_gpu((2, channels, 21, 22), 7, torch.bfloat16)
@@ -122,7 +121,7 @@ def test_gradients_of_inputs_alone(channels: int, poisoned_empty: None) -> None:
 
 
 @requires_extension
-@requires_cuda
+@pytest.mark.gpu
 def test_a_value_that_is_not_a_number_stays_in_its_sample() -> None:
     inputs, _ = on_gpu((2, 64, 9, 9), 7, torch.bfloat16)
     inputs[0][1, 3, 2, 2] = float("nan")

@@ -26,7 +26,8 @@ def test_kernel_in_the_interpreter() -> None:
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+# Not marked gpu: benchmarks/gpu_suite.py runs the checks themselves.
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernel_on_the_gpu() -> None:
     run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/check_gated.py")
 

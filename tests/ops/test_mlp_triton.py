@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import Resources, compile_triton_for_hopper, run_python
+from tests.helpers import SHARED_LIMIT, Resources, compile_triton_for_hopper, run_python
 from vfmvae.ops import mlp, native
 
 CHECKS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/check_modulated_mlp.py")
-SHARED_LIMIT = 227 * 1024
 A_REGISTER_OR_TWO = 8
 """Bytes. weight_grad fills the registers: Triton 3.6 finds room for all its values, 3.8 for all but one."""
 
@@ -23,7 +22,8 @@ def test_kernels_in_the_interpreter() -> None:
     run_python(*CHECKS, env={"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+# Not marked gpu: benchmarks/gpu_suite.py runs the checks themselves.
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_on_the_gpu() -> None:
     run_python(*CHECKS)
 

@@ -11,19 +11,10 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
-from tests.helpers import ROOT, assert_kernel_close, requires_extension
+from tests.helpers import COMPILED, ROOT, assert_kernel_close, requires_extension
 from vfmvae.ops import upsample_blur
 from vfmvae.ops.resample import upsample_blur_reference
 
-COMPILED = [
-    pytest.param("cpu", torch.float32, marks=requires_extension),
-    pytest.param("cpu", torch.bfloat16, marks=requires_extension),
-    *(
-        pytest.param("cuda", dtype, marks=requires_extension)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        if torch.cuda.is_available()
-    ),
-]
 SHAPES = [  # batch, output channels, height, width
     (2, 8, 6, 5),
     (1, 3, 7, 4),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import compile_triton_for_hopper, run_python
+from tests.helpers import SHARED_LIMIT, compile_triton_for_hopper, run_python
 from vfmvae import ops
 
 CHECKS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/check_to_rgb.py")
@@ -16,7 +16,8 @@ def test_kernels_in_the_interpreter() -> None:
     run_python(*CHECKS, env={"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+# Not marked gpu: benchmarks/gpu_suite.py runs the checks themselves.
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_on_the_gpu() -> None:
     run_python(*CHECKS)
 
@@ -37,6 +38,7 @@ def test_kernels_compile_for_hopper_without_spills(channels: int, side: int) -> 
         constants = {"C": channels, "BP": height, "BC": width}
         resources = compile_triton_for_hopper(kernel, signature, constants)
         assert resources.spilled == 0 and resources.registers <= 168, resources
+        assert resources.shared <= SHARED_LIMIT, resources
 
 
 def test_what_it_refuses_is_said() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import run_python
+from tests.helpers import DEVICES, run_python
 from tests.training.small_run import assert_equal_tensors, small_run
 from vfmvae.training import checkpoint_storage
 from vfmvae.training.checkpoint import Checkpoints
@@ -48,12 +48,6 @@ def full_disk(free: int = 2_000) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
-]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -125,7 +125,7 @@ def test_repeatable_or_fastest() -> None:
 
 
 @pytest.mark.usefixtures("precision_restored")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_products_and_convolutions_on_a_gpu_are_exact_to_float32() -> None:
     set_precision(deterministic=True)
     a, b = torch.randn(2, 512, 512, device="cuda")

@@ -12,10 +12,7 @@ from vfmvae.training.draws import StepDraws
 
 DEVICES = [
     torch.device("cpu"),
-    pytest.param(
-        torch.device("cuda"),
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    ),
+    pytest.param(torch.device("cuda"), marks=pytest.mark.gpu),
 ]
 CPU = torch.device("cpu")
 
@@ -109,12 +106,12 @@ def test_neighbouring_steps_and_images_are_independent() -> None:
     assert correlation.abs().max() < 5.5 / math.sqrt(512)
 
 
-def test_shared_numbers_are_plain_floats_and_the_same_on_every_device() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_shared_numbers_are_plain_floats_and_the_same_on_every_device(device: torch.device) -> None:
     numbers = step_draws().shared(1000)
     assert all(type(number) is float and 0 <= number < 1 for number in numbers)
     assert abs(sum(numbers) / 1000 - 0.5) < 5 / math.sqrt(12 * 1000)
-    if torch.cuda.is_available():
-        assert step_draws(device=torch.device("cuda")).shared(1000) == numbers
+    assert step_draws(device=device).shared(1000) == numbers
 
 
 def test_dtype_and_shape() -> None:
@@ -123,7 +120,7 @@ def test_dtype_and_shape() -> None:
     assert draws.uniform((1,)).shape == (3, 1) and draws.uniform(()).dtype == torch.float32
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_drawing_on_a_gpu_does_not_wait_for_it() -> None:
     device = torch.device("cuda")
     step_draws(device=device).normal((2,))

@@ -248,7 +248,7 @@ def test_a_model_without_trained_tensors_has_an_empty_average() -> None:
     assert ema.state_dict() == {} and set(ema.export()) == {"weight", "bias"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_updates_and_swaps_on_a_gpu_do_not_wait_for_it() -> None:
     model = Model().cuda()
     ema = EMA(model, "encoder.")

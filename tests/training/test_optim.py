@@ -285,7 +285,7 @@ def test_without_gradients_the_norm_is_zero() -> None:
     assert parameters[0].grad is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_norm_and_scaling_on_a_gpu_do_not_wait_for_it() -> None:
     model = nn.Linear(4, 4).cuda()
     model(torch.ones(2, 4, device="cuda")).sum().backward()
