@@ -255,9 +255,14 @@ def test_fused_results_stay_channels_last() -> None:
 
 def test_wrong_weights_are_named() -> None:
     x = torch.randn(1, 4, 4, 4)
-    with pytest.raises(ValueError, match=r"noise has shape \(1, 4\), needed is \[4, 4\]"):
+    with pytest.raises(ValueError, match=r"noise is \[1, 4\]; for x .* it must be \[4, 4\]"):
         ops.depthwise_conv2d(x, torch.randn(4, 1, 3, 3), noise=torch.randn(1, 4))
-    with pytest.raises(ValueError, match=r"weight has shape \(4, 1, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"weight is \[4, 1, 2, 2\]; it must be \[C, 1, k, k\] with k odd"):
         ops.depthwise_conv2d(x, torch.randn(4, 1, 2, 2))
-    with pytest.raises(ValueError, match=r"weight has shape \(3, 5\), needed is \[D, 4\]"):
+    with pytest.raises(ValueError, match=r"weight is \[3, 5\]; for x .* it must be \[3, 4\]"):
         ops.pointwise_conv2d(x, torch.randn(3, 5))
+    for fused in (True, False):
+        with pytest.raises(ValueError, match=r"bias is \[1\]; for x .* it must be \[4\]"):
+            ops.depthwise_conv2d(x, torch.randn(4, 1, 3, 3), torch.randn(1), fused=fused)
+        with pytest.raises(ValueError, match=r"bias is \[1\]; for x .* it must be \[3\]"):
+            ops.pointwise_conv2d(x, torch.randn(3, 4), torch.randn(1), fused=fused)

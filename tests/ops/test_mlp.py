@@ -218,7 +218,25 @@ def test_tensors_that_do_not_fit_are_named(fused: bool) -> None:
         (0, torch.randn(1, 8, 3, 3), r"residual is \[1, 8, 3, 3\]; for x \[2, 8, 3, 3\] it must be"),
         (2, torch.randn(1, 8), r"style is \[1, 8\]; .* it must be \[2, 8\]"),
         (5, torch.randn(32, 8), r"contract_weight is \[32, 8\]; .* it must be \[8, 32\]"),
-        (0, inputs[0].bfloat16(), "residual is torch.bfloat16 and x torch.float32"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ops.modulated_mlp(*inputs[:place], wrong, *inputs[place + 1 :], fused=fused)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_tensors_of_to_rgb_that_do_not_fit_are_named(fused: bool) -> None:
+    inputs = [torch.randn(s) for s in ((2, 8, 3, 3), (2, 8), (3, 8), (3,))]
+    for place, shape, sentence in (
+        (1, (1, 8), r"style is \[1, 8\]; for x \[2, 8, 3, 3\] it must be \[2, 8\]"),
+        (2, (3, 4), r"weight is \[3, 4\]; .* it must be \[3, 8\]"),
+        (3, (1,), r"bias is \[1\]; .* it must be \[3\]"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            ops.modulated_to_rgb(*inputs[:place], torch.randn(shape), *inputs[place + 1 :], fused=fused)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_residual_of_another_dtype_is_converted(fused: bool) -> None:
+    residual, *others = mlp_inputs(2, 8, 3, 3)
+    y = ops.modulated_mlp(residual.bfloat16(), *others, fused=fused)
+    assert torch.equal(y, ops.modulated_mlp(residual.bfloat16().float(), *others, fused=fused))

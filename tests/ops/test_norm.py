@@ -189,11 +189,12 @@ def test_what_compiled_group_norm_refuses_is_said() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     norm = functools.partial(ops.group_norm, torch.randn(1, 6, 2, 2))
-    with pytest.raises(ValueError, match="6 channels cannot be divided into 4 groups"):
-        norm(4, torch.ones(6), torch.zeros(6))
-    with pytest.raises(ValueError, match=r"weight is \[3\] and bias \[6\]; x .* needs \[6\] twice"):
+    for groups in (4, 0, -3):
+        with pytest.raises(ValueError, match=f"6 channels cannot be divided into {groups} groups"):
+            norm(groups, torch.ones(6), torch.zeros(6))
+    with pytest.raises(ValueError, match=r"weight is \[3\]; for x \[1, 6, 2, 2\] it must be \[6\]"):
         norm(3, torch.ones(3), torch.zeros(6))
-    with pytest.raises(ValueError, match=r"style is \[6\]; x .* needs \[1, 6\]"):
+    with pytest.raises(ValueError, match=r"style is \[6\]; for x .* it must be \[1, 6\]"):
         norm(3, torch.ones(6), torch.zeros(6), style=torch.ones(6))
     with pytest.raises(ValueError, match="activation 'relu' is unknown; known: leaky_relu, gelu, silu"):
         norm(3, torch.ones(6), torch.zeros(6), activation="relu")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfmvae.ops import native
+from vfmvae.ops.arguments import check_tensors
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 from vfmvae.ops.gradients import weight_gradients_wanted
 from vfmvae.ops.operation import Autograd, operation
@@ -40,15 +41,24 @@ def depthwise_conv2d(
 
     Returns:
         [B, C, H, W] in x.dtype.
+
+    Raises:
+        ValueError: an even k, tensors of other shapes or on other devices.
     """
-    channels, size = x.shape[1], weight.shape[-1]
-    if weight.shape != (channels, 1, size, size) or size % 2 == 0:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, needed is [{channels}, 1, k, k] with k odd"
-        )
-    if noise is not None and noise.shape != x.shape[2:]:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, needed is {list(x.shape[2:])}")
+    check_kernel("weight", weight)
+    size = weight.shape[-1]
+    check_tensors(
+        x,
+        ("weight", weight, (x.shape[1], 1, size, size)),
+        ("bias", bias, x.shape[1:2]),
+        ("noise", noise, x.shape[2:]),
+    )
     return _DEPTHWISE(fused, x, weight, bias, noise)
+
+
+def check_kernel(name: str, weight: Tensor) -> None:
+    if weight.ndim != 4 or weight.shape[-1] % 2 == 0:
+        raise ValueError(f"{name} is {list(weight.shape)}; it must be [C, 1, k, k] with k odd")
 
 
 def depthwise_conv2d_reference(
@@ -298,9 +308,6 @@ def _channels_last(x: Tensor) -> Tensor:
 def _why_not_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor | None) -> str | None:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {x.dtype}"
-    elsewhere = [t for t in (weight, bias, noise) if t is not None and t.device != x.device]
-    if elsewhere:
-        return f"x is on {x.device}, another argument on {elsewhere[0].device}"
     return _why_not_size(x, weight) or native.why_no_cuda_code(x)
 
 
@@ -320,9 +327,13 @@ def _why_not_size(x: Tensor, weight: Tensor) -> str | None:
 
 
 def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, fused: Fused = True) -> Tensor:
-    """1 x 1 convolution: x [B, C, H, W], weight [D, C], bias [D] or None -> [B, D, H, W] in x.dtype."""
-    if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, needed is [D, {x.shape[1]}]")
+    """1 x 1 convolution: x [B, C, H, W], weight [D, C], bias [D] or None -> [B, D, H, W] in x.dtype.
+
+    Raises:
+        ValueError: tensors of other shapes or on other devices.
+    """
+    of_outputs = weight.shape[:1]
+    check_tensors(x, ("weight", weight, (*of_outputs, x.shape[1])), ("bias", bias, of_outputs))
     return _POINTWISE(fused, x, weight, bias)
 
 

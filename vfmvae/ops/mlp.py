@@ -7,11 +7,14 @@ the activations: W (v * x), demodulated by d = rsqrt((v^2) (W^2)^T + 1e-8) on th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vfmvae.ops import mlp_cpu, mlp_triton, to_rgb_triton
+from vfmvae.ops.arguments import check_tensors
 from vfmvae.ops.demodulation import DEMODULATION_EPS, demodulation
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 
@@ -31,7 +34,8 @@ def modulated_mlp(
     """residual + gamma * (W2 gelu(d * (W1 (style * x)) + b1) + b2): the tail of a modulated ConvNeXt layer.
 
     Args:
-        residual, x: [B, C, H, W], same dtype; x is the normalised input.
+        residual, x: [B, C, H, W]; x is the normalised input. A residual of another dtype is converted to
+            x's.
         style: [B, C], the per-input scale v; float32 whatever x is.
         expand_weight, expand_bias: W1 [E, C], b1 [E] (E is 4C in the published decoder).
         contract_weight, contract_bias: W2 [C, E], b2 [C].
@@ -42,15 +46,14 @@ def modulated_mlp(
         The fused forms can be differentiated once.
 
     Raises:
-        ValueError: shapes that do not fit, or a residual of another dtype than x.
+        ValueError: tensors of other shapes or on other devices.
     """
     weights = (expand_weight, expand_bias, contract_weight, contract_bias, gamma)
-    check(residual, x, style, *weights)
-    return _MODULATED_MLP(fused, residual, x, style, *weights)
+    check_tensors(x, ("residual", residual, x.shape), *rows_of_mlp(x, style, *weights))
+    return _MODULATED_MLP(fused, residual.to(x.dtype), x, style, *weights)
 
 
-def check(
-    residual: Tensor,
+def rows_of_mlp(
     x: Tensor,
     style: Tensor,
     expand_weight: Tensor,
@@ -58,25 +61,17 @@ def check(
     contract_weight: Tensor,
     contract_bias: Tensor,
     gamma: Tensor,
-) -> None:
-    """Raises what `modulated_mlp` raises."""
-    batch, channels = x.shape[:2]
-    hidden = expand_weight.shape[0]
-    for name, tensor, shape in (
-        ("residual", residual, x.shape),
-        ("style", style, (batch, channels)),
-        ("expand_weight", expand_weight, (hidden, channels)),
-        ("expand_bias", expand_bias, (hidden,)),
-        ("contract_weight", contract_weight, (channels, hidden)),
-        ("contract_bias", contract_bias, (channels,)),
-        ("gamma", gamma, (channels,)),
-    ):
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} is {list(tensor.shape)}; for x {list(x.shape)} it must be {list(shape)}"
-            )
-    if residual.dtype != x.dtype:
-        raise ValueError(f"residual is {residual.dtype} and x {x.dtype}; they must have the same dtype")
+) -> tuple[tuple[str, Tensor, Sequence[int]], ...]:
+    """What `check_tensors` takes, for all arguments but the residual."""
+    of_channels, of_hidden = x.shape[1:2], expand_weight.shape[:1]
+    return (
+        ("style", style, x.shape[:2]),
+        ("expand_weight", expand_weight, (*of_hidden, *of_channels)),
+        ("expand_bias", expand_bias, of_hidden),
+        ("contract_weight", contract_weight, (*of_channels, *of_hidden)),
+        ("contract_bias", contract_bias, of_channels),
+        ("gamma", gamma, of_channels),
+    )
 
 
 def modulated_mlp_reference(
@@ -141,12 +136,22 @@ def modulated_to_rgb(
     Args:
         x: [B, C, H, W].
         style: [B, C], the per-input scale.
-        weight: [3, C]; bias: [3].
+        weight: [D, C]; bias: [D]; D is 3, and the Triton form takes no other.
 
     Returns:
-        [B, 3, H, W] in float32 (float64 for float64 x): an image keeps more digits than 16-bit activations.
+        [B, D, H, W] in float32 (float64 for float64 x): an image keeps more digits than 16-bit activations.
         The Triton form can be differentiated once.
+
+    Raises:
+        ValueError: tensors of other shapes or on other devices.
     """
+    of_colours = weight.shape[:1]
+    check_tensors(
+        x,
+        ("style", style, x.shape[:2]),
+        ("weight", weight, (*of_colours, x.shape[1])),
+        ("bias", bias, of_colours),
+    )
     return _MODULATED_TO_RGB(fused, x, style, weight, bias)
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfmvae.ops import native, norm_cuda
+from vfmvae.ops.arguments import check_tensors
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 from vfmvae.ops.operation import Autograd, operation
 
@@ -50,26 +51,28 @@ def group_norm(
         [B, C, H, W] in x.dtype. The compiled forms can be differentiated once.
 
     Raises:
-        ValueError: groups that do not divide C, other shapes of weight, bias or style, an unknown activation.
+        ValueError: groups that do not divide C, an unknown activation, tensors of other shapes or on other
+            devices.
     """
-    check_group_norm(x, groups, weight, bias, activation, style)
+    _check(x, groups, weight, bias, activation, style)
     return _GROUP_NORM(fused, x, groups, weight, bias, eps, activation, style)
 
 
-def check_group_norm(
+def _check(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, activation: str | None, style: Tensor | None
 ) -> None:
-    if x.shape[1] % groups:
-        raise ValueError(f"{x.shape[1]} channels cannot be divided into {groups} groups")
-    if weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
-        raise ValueError(
-            f"weight is {list(weight.shape)} and bias {list(bias.shape)}; x {list(x.shape)} needs"
-            f" [{x.shape[1]}] twice"
-        )
+    check_groups(x, groups)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
-    if style is not None and style.shape != x.shape[:2]:
-        raise ValueError(f"style is {list(style.shape)}; x {list(x.shape)} needs {list(x.shape[:2])}")
+    of_channels = x.shape[1:2]
+    check_tensors(
+        x, ("weight", weight, of_channels), ("bias", bias, of_channels), ("style", style, x.shape[:2])
+    )
+
+
+def check_groups(x: Tensor, groups: int) -> None:
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"{x.shape[1]} channels cannot be divided into {groups} groups")
 
 
 # torch.group_norm, since F.group_norm refuses groups of a single value (batch 1 at 1 x 1 pixel).
