@@ -199,6 +199,20 @@ def test_to_rgb_is_an_einsum_and_agrees(shape: tuple[int, ...]) -> None:
     assert_agrees(ops.modulated_to_rgb, [x, style, weight, bias])
 
 
+@pytest.mark.parametrize("fused", [True, False, "gemm"])
+def test_an_empty_batch(fused: bool | str) -> None:
+    shapes = ((0, 8, 4, 3), (0, 8), (3, 8), (3,))
+    for function, inputs, channels in (
+        (ops.modulated_mlp, mlp_inputs(0, 8, 4, 3), 8),
+        (ops.modulated_to_rgb, [torch.randn(s) for s in shapes], 3),
+    ):
+        own = [t.requires_grad_() for t in inputs]
+        y = function(*own, fused=fused)
+        assert y.shape == (0, channels, 4, 3)
+        for input, grad in zip(own, torch.autograd.grad(y.sum(), own), strict=True):
+            assert grad.shape == input.shape and not grad.any()
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_bfloat16_keeps_its_dtype_and_is_near(fused: bool) -> None:
     inputs = mlp_inputs(2, 16, 5, 5)

@@ -167,6 +167,14 @@ def test_values_that_are_not_finite_spread_in_compiled_group_norm(
 
 
 @requires_extension
+@pytest.mark.parametrize("fused", [True, False, "cpu", "channels_last"])
+def test_group_norm_of_an_empty_batch(fused: bool | str) -> None:
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((0, 8, 4, 4), 8, 8))
+    y = ops.group_norm(x, 2, weight, bias, fused=fused)
+    assert y.shape == x.shape and not any(g.any() for g in torch.autograd.grad(y.sum(), (x, weight, bias)))
+
+
+@requires_extension
 def test_compiled_group_norm_is_an_operation_that_torch_knows() -> None:
     x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((2, 6, 4, 3), 6, 6))
     torch.library.opcheck(torch.ops.vfmvae.group_norm.default, (x, weight, bias, 3, 1e-5, "gelu"))

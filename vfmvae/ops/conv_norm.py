@@ -49,15 +49,16 @@ def depthwise_group_norm(
     """
     check_kernel("conv_weight", conv_weight)
     check_groups(x, groups)
-    size, of_channels = conv_weight.shape[-1], x.shape[1:2]
+    batch, channels, *sides = x.shape
+    size = conv_weight.shape[-1]
     check_tensors(
         x,
-        ("conv_weight", conv_weight, (*of_channels, 1, size, size)),
-        ("conv_bias", conv_bias, of_channels),
-        ("noise", noise, x.shape[2:]),
-        ("weight", weight, of_channels),
-        ("bias", bias, of_channels),
-        ("style", style, x.shape[:2]),
+        ("conv_weight", conv_weight, (channels, 1, size, size)),
+        ("conv_bias", conv_bias, (channels,)),
+        ("noise", noise, tuple(sides)),
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("style", style, (batch, channels)),
     )
     return _DEPTHWISE_GROUP_NORM(fused, x, conv_weight, conv_bias, noise, groups, weight, bias, eps, style)
 

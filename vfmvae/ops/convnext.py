@@ -82,14 +82,15 @@ def modulated_convnext(
     """
     check_kernel("conv_weight", conv_weight)
     check_groups(x, groups)
-    size, of_channels = conv_weight.shape[-1], x.shape[1:2]
+    _, channels, *sides = x.shape
+    size = conv_weight.shape[-1]
     check_tensors(
         x,
-        ("conv_weight", conv_weight, (*of_channels, 1, size, size)),
-        ("conv_bias", conv_bias, of_channels),
-        ("noise", noise, x.shape[2:]),
-        ("norm_weight", norm_weight, of_channels),
-        ("norm_bias", norm_bias, of_channels),
+        ("conv_weight", conv_weight, (channels, 1, size, size)),
+        ("conv_bias", conv_bias, (channels,)),
+        ("noise", noise, tuple(sides)),
+        ("norm_weight", norm_weight, (channels,)),
+        ("norm_bias", norm_bias, (channels,)),
         *rows_of_mlp(x, style, expand_weight, expand_bias, contract_weight, contract_bias, gamma),
     )
     conv, norm = _Conv(conv_weight, conv_bias, noise), _Norm(groups, norm_weight, norm_bias, eps)

@@ -63,14 +63,15 @@ def rows_of_mlp(
     gamma: Tensor,
 ) -> tuple[tuple[str, Tensor, Sequence[int]], ...]:
     """What `check_tensors` takes, for all arguments but the residual."""
-    of_channels, of_hidden = x.shape[1:2], expand_weight.shape[:1]
+    batch, channels, *_ = x.shape
+    hidden = expand_weight.shape[0]
     return (
-        ("style", style, x.shape[:2]),
-        ("expand_weight", expand_weight, (*of_hidden, *of_channels)),
-        ("expand_bias", expand_bias, of_hidden),
-        ("contract_weight", contract_weight, (*of_channels, *of_hidden)),
-        ("contract_bias", contract_bias, of_channels),
-        ("gamma", gamma, of_channels),
+        ("style", style, (batch, channels)),
+        ("expand_weight", expand_weight, (hidden, channels)),
+        ("expand_bias", expand_bias, (hidden,)),
+        ("contract_weight", contract_weight, (channels, hidden)),
+        ("contract_bias", contract_bias, (channels,)),
+        ("gamma", gamma, (channels,)),
     )
 
 
@@ -80,7 +81,7 @@ def modulated_mlp_reference(
     weight = w1 * style[:, None, :]  # [B, E, C]
     weight = weight * (weight.square().sum(dim=2, keepdim=True) + DEMODULATION_EPS).rsqrt()
     hidden = F.gelu(_grouped_conv1x1(x, weight) + b1[:, None, None].to(x.dtype))  # [B, E, H, W]
-    y = F.conv2d(hidden, w2[:, :, None, None].to(x.dtype), b2.to(x.dtype))
+    y = F.conv2d(hidden, w2[:, :, None, None].to(x.dtype), b2.to(x.dtype)).to(x.dtype)  # autocast has its own
     return residual + gamma[:, None, None].to(x.dtype) * y
 
 
@@ -98,8 +99,8 @@ def _modulated_mlp_gemm(
         hidden = torch.baddbmm(b1.to(x.dtype), tokens, weight.to(x.dtype).transpose(1, 2))
     else:
         scaled = F.linear(tokens * style[:, None, :].to(x.dtype), w1.to(x.dtype))
-        hidden = torch.addcmul(b1.to(x.dtype), scaled, scale[:, None, :].to(x.dtype))
-    y = F.linear(F.gelu(hidden), contract, contract_bias)  # [B, HW, C]
+        hidden = torch.addcmul(b1.to(scaled.dtype), scaled, scale[:, None, :].to(scaled.dtype))
+    y = F.linear(F.gelu(hidden), contract, contract_bias).to(x.dtype)  # [B, HW, C]
     return residual + y.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -145,12 +146,13 @@ def modulated_to_rgb(
     Raises:
         ValueError: tensors of other shapes or on other devices.
     """
-    of_colours = weight.shape[:1]
+    batch, channels, *_ = x.shape
+    colours = weight.shape[0]
     check_tensors(
         x,
-        ("style", style, x.shape[:2]),
-        ("weight", weight, (*of_colours, x.shape[1])),
-        ("bias", bias, of_colours),
+        ("style", style, (batch, channels)),
+        ("weight", weight, (colours, channels)),
+        ("bias", bias, (colours,)),
     )
     return _MODULATED_TO_RGB(fused, x, style, weight, bias)
 
@@ -166,12 +168,14 @@ def _modulated_to_rgb_gemm(x: Tensor, style: Tensor, weight: Tensor, bias: Tenso
     tokens = wide.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
     per_sample = (weight * style[:, None, :]).to(wide.dtype)  # [B, 3, C]
     image = torch.baddbmm(bias.to(wide.dtype), tokens, per_sample.transpose(1, 2))  # [B, HW, 3]
-    return image.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return image.view(batch, height, width, weight.shape[0]).permute(0, 3, 1, 2).to(wide.dtype)
 
 
 def _grouped_conv1x1(x: Tensor, weight: Tensor) -> Tensor:
     """x [B, C, H, W] with one weight [D, C] per sample (weight [B, D, C]) -> [B, D, H, W]."""
     batch, channels, height, width = x.shape
+    if batch == 0:  # there is no convolution of no groups
+        return torch.einsum("bchw,bdc->bdhw", x, weight.to(x.dtype))
     grouped = x.reshape(1, batch * channels, height, width)
     kernels = weight.to(x.dtype).reshape(-1, channels, 1, 1)
     return F.conv2d(grouped, kernels, groups=batch).reshape(batch, -1, height, width)

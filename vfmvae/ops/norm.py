@@ -64,9 +64,9 @@ def _check(
     check_groups(x, groups)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
-    of_channels = x.shape[1:2]
+    batch, channels, *_ = x.shape
     check_tensors(
-        x, ("weight", weight, of_channels), ("bias", bias, of_channels), ("style", style, x.shape[:2])
+        x, ("weight", weight, (channels,)), ("bias", bias, (channels,)), ("style", style, (batch, channels))
     )
 
 
@@ -106,6 +106,7 @@ def _group_norm_torch(
     if x.device.type == "cpu":
         x = _asking_for_a_gradient(x - _group_means(x, groups), weight)
     y = torch.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    y = y.to(x.dtype)  # from that of autocast
     y = y if style is None else y * style[:, :, None, None].to(x.dtype)
     return y if activation is None else ACTIVATIONS[activation](y)
 
@@ -126,7 +127,9 @@ def _group_means(x: Tensor, groups: int) -> Tensor:
     ATen takes the variance of channels-last CPU tensors as E[x^2] - E[x]^2, inexact where means are large.
     """
     batch, channels = x.shape[:2]
-    means = x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32)).view(batch, groups, -1)
+    means = x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32)).view(
+        batch, groups, channels // groups
+    )
     shift = means.mean(dim=2, keepdim=True).expand_as(means)
     return shift.reshape(batch, channels, 1, 1).to(x.dtype)
 
