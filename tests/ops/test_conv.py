@@ -213,6 +213,29 @@ def test_a_frozen_weight_gets_no_gradient_and_the_input_does() -> None:
 
 
 @requires_extension
+def test_x_is_kept_for_gradients_of_weight_and_bias_alone() -> None:
+    x = torch.randn(1, 4, 5, 5, requires_grad=True)
+    weight, bias = torch.randn(4, 1, 3, 3), torch.randn(4)
+    frozen = ops.depthwise_conv2d(x, weight, bias, fused="cpu")
+    assert [None if t is None else t.shape for t in frozen.grad_fn.saved_tensors] == [None, weight.shape]
+    for learning in (weight, bias):
+        learning.requires_grad_()
+        y = ops.depthwise_conv2d(x, weight, bias, fused="cpu")
+        assert y.grad_fn.saved_tensors[0] is not None
+        learning.requires_grad_(False)
+
+
+@requires_extension
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_bias_gets_its_gradient_in_its_own_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    x, weight = torch.randn(2, 4, 5, 7), torch.randn(4, 1, 3, 3).to(dtypes[0]).requires_grad_()
+    bias = torch.randn(4).to(dtypes[1]).requires_grad_()
+    y = ops.depthwise_conv2d(x, weight, bias, fused="cpu")
+    (found,) = torch.autograd.grad(y, bias, torch.full_like(y, 1.2345))
+    torch.testing.assert_close(found, torch.full((4,), 70 * 1.2345).to(dtypes[1]))
+
+
+@requires_extension
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
 def test_the_depthwise_operations_are_known_to_torch(device: str) -> None:
     known = torch.ops.vfmvae
@@ -225,6 +248,7 @@ def test_the_depthwise_operations_are_known_to_torch(device: str) -> None:
     torch.library.opcheck(known.depthwise_input_gradient.default, (x.detach(), weight.detach()))
     torch.library.opcheck(known.depthwise_conv2d.default, (x, weight, bias, None))
     torch.library.opcheck(known.depthwise_conv2d.default, (x, weight, None, noise))
+    torch.library.opcheck(known.depthwise_conv2d.default, (x, weight.detach(), bias.detach(), None))
     if device == "cuda":
         torch.library.opcheck(known.depthwise_conv2d_with_statistics.default, (x, weight, bias, noise))
 

@@ -46,12 +46,13 @@ def depthwise_conv2d(
         ValueError: an even k, tensors of other shapes or on other devices.
     """
     check_kernel("weight", weight)
+    _, channels, *sides = x.shape
     size = weight.shape[-1]
     check_tensors(
         x,
-        ("weight", weight, (x.shape[1], 1, size, size)),
-        ("bias", bias, x.shape[1:2]),
-        ("noise", noise, x.shape[2:]),
+        ("weight", weight, (channels, 1, size, size)),
+        ("bias", bias, (channels,)),
+        ("noise", noise, tuple(sides)),
     )
     return _DEPTHWISE(fused, x, weight, bias, noise)
 
@@ -66,6 +67,7 @@ def depthwise_conv2d_reference(
 ) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     y = F.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2, groups=x.shape[1])
+    y = y.to(x.dtype)  # from that of autocast
     return y if noise is None else y + noise.to(x.dtype)
 
 
@@ -86,8 +88,11 @@ def _depthwise_fake(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tenso
 
 
 def _setup_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, _, noise = inputs
-    ctx.save_for_backward(x, weight)
+    x, weight, bias, noise = inputs
+    # The gradient of x does not need x.
+    of_weights = any(ctx.needs_input_grad[1:3])
+    ctx.save_for_backward(x if of_weights else None, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.noise_dtype = None if noise is None else noise.dtype
 
 
@@ -108,7 +113,7 @@ def _depthwise_autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tup
         size = weight.shape[-1]
         sums = _depthwise_weight_gradient(x, grad, size)
         grad_weight = sums[:-1].t().reshape(-1, 1, size, size).to(weight.dtype)
-        grad_bias = sums[-1].to(weight.dtype) if needs_bias else None
+        grad_bias = sums[-1].to(ctx.bias_dtype) if needs_bias else None
     if needs_noise:
         grad_noise = grad.sum((0, 1), dtype=torch.float32).to(ctx.noise_dtype)
     return grad_x, grad_weight, grad_bias, grad_noise
@@ -236,7 +241,7 @@ def _plain_floats(x: Tensor) -> Tensor:
 def _run_weight_gradient(x: Tensor, grad: Tensor, size: int) -> Tensor:
     """x and the output's gradient [B, C, H, W] -> [k*k + 1, C] float32: weight, and bias in the last row."""
     batch, channels, height, width = x.shape
-    x, grad = _channels_last(x), _channels_last(grad)
+    x, grad = _channels_last(x), _channels_last(grad.to(x.dtype))
     out = _weight_gradient_fake(x, grad, size)
     arguments = {
         "x": x.data_ptr(),
@@ -332,19 +337,20 @@ def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, f
     Raises:
         ValueError: tensors of other shapes or on other devices.
     """
-    of_outputs = weight.shape[:1]
-    check_tensors(x, ("weight", weight, (*of_outputs, x.shape[1])), ("bias", bias, of_outputs))
+    outputs = weight.shape[0]
+    check_tensors(x, ("weight", weight, (outputs, x.shape[1])), ("bias", bias, (outputs,)))
     return _POINTWISE(fused, x, weight, bias)
 
 
 def pointwise_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x, weight[:, :, None, None].to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = F.conv2d(x, weight[:, :, None, None].to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y.to(x.dtype)
 
 
 def _pointwise_conv2d_gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # In channels-last memory a 1 x 1 convolution is one matrix product, without a copy.
     y = F.linear(x.permute(0, 2, 3, 1), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return y.permute(0, 3, 1, 2)
+    return y.permute(0, 3, 1, 2).to(x.dtype)
 
 
 _DEPTHWISE = Op(
