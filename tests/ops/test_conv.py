@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.helpers import assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
-from vfmvae.ops.conv import depthwise_conv2d_reference, depthwise_conv2d_with_statistics
+from vfmvae.ops.conv import _DEPTHWISE, depthwise_conv2d_reference, depthwise_conv2d_with_statistics
 
 COMPILED = [  # implementation, which is also the device's name, and dtype
     ("cpu", torch.float32),
@@ -210,6 +210,22 @@ def test_a_frozen_weight_gets_no_gradient_and_the_input_does() -> None:
     torch.testing.assert_close(of_bias, torch.full((4,), 25.0))
     (expected,) = torch.autograd.grad(ops.depthwise_conv2d(x, weight, fused=False).sum(), x)
     torch.testing.assert_close(of_x, expected)
+
+
+@requires_extension
+def test_the_compiled_depthwise_is_chosen_for_gradients_of_weight_and_bias_alone() -> None:
+    runs = {i.name: i.run for i in _DEPTHWISE.implementations}
+    x = torch.randn(1, 4, 5, 5, requires_grad=True)
+
+    def chosen(of_weight: bool, of_bias: bool) -> str:
+        weight = torch.randn(4, 1, 3, 3, requires_grad=of_weight)
+        run = _DEPTHWISE.choose(True, x, weight, torch.randn(4, requires_grad=of_bias), None)
+        return "channels_last" if run == runs["channels_last"] else "compiled"
+
+    assert chosen(True, False) == chosen(False, True) == "compiled"
+    assert chosen(False, False) == "channels_last"
+    with torch.no_grad():
+        assert chosen(True, True) == "channels_last"
 
 
 @requires_extension

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.helpers import RELATIVE_LIMITS, assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
-from vfmvae.ops import mlp_cpu, native
+from vfmvae.ops import mlp, mlp_cpu, native
 from vfmvae.ops.demodulation import demodulation
 
 
@@ -80,21 +80,13 @@ def mlp_and_gradients(
     return [y.detach(), *torch.autograd.grad(y, own, grad.to(y.dtype))]
 
 
-@pytest.fixture
-def without_fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processors that have it would refuse the compiled form for bfloat16."""
-    monkeypatch.setattr(native, "cpu_multiplies_bfloat16", lambda: False)
-
-
 # Channels that fill no vector, tiles and bands of unequal size, one pixel, more samples than bands.
 @requires_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "shape", [(2, 8, 6, 6), (2, 20, 39, 41), (1, 5, 7, 3), (3, 33, 1, 1), (40, 16, 6, 6), (1, 128, 9, 14)]
 )
-def test_compiled_mlp(
-    shape: tuple[int, ...], dtype: torch.dtype, without_fast_bfloat16: None, poisoned_empty: None
-) -> None:
+def test_compiled_mlp(shape: tuple[int, ...], dtype: torch.dtype, poisoned_empty: None) -> None:
     inputs = [t.to(dtype) if i < 2 else t for i, t in enumerate(mlp_inputs(*shape))]
     grad = torch.randn(shape).to(dtype)
     compiled, eager = mlp_and_gradients(inputs, grad, "cpu"), mlp_and_gradients(inputs, grad, False)
@@ -180,14 +172,24 @@ def test_the_compiled_mlp_is_an_operation_that_torch_knows() -> None:
 
 
 @requires_extension
-def test_what_the_compiled_mlp_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="slower from 129 channels on, and there are 132"):
-        ops.modulated_mlp(*mlp_inputs(1, 132, 2, 2), fused="cpu")
+def test_what_the_compiled_mlp_refuses_is_said() -> None:
     with pytest.raises(ValueError, match="not torch.float16"):
         ops.modulated_mlp(*(t.half() for t in mlp_inputs(1, 8, 2, 2)), fused="cpu")
+
+
+@requires_extension
+def test_where_the_compiled_mlp_is_slower_it_is_taken_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    implementations = {i.name: i.run for i in mlp._MODULATED_MLP.implementations}
     monkeypatch.setattr(native, "cpu_multiplies_bfloat16", lambda: True)
-    with pytest.raises(ValueError, match="multiplies matrices of bfloat16 faster"):
-        ops.modulated_mlp(*(t.bfloat16() for t in mlp_inputs(1, 8, 2, 2)), fused="cpu")
+    for channels, dtype, first in (
+        (128, torch.float32, "cpu"),
+        (132, torch.float32, "gemm"),
+        (8, torch.bfloat16, "gemm"),
+    ):
+        inputs = [t.to(dtype) for t in mlp_inputs(1, channels, 2, 2)]
+        assert mlp._MODULATED_MLP.choose(True, *inputs) == implementations[first]
+        assert mlp._MODULATED_MLP.choose("cpu", *inputs) == implementations["cpu"]
+    assert_agrees(ops.modulated_mlp, mlp_inputs(1, 132, 3, 3), "cpu")
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 6, 6), (1, 5, 7, 3)])

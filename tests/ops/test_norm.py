@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.helpers import assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
-from vfmvae.ops.norm import ACTIVATIONS
+from vfmvae.ops.norm import _GROUP_NORM, ACTIVATIONS
 
 COMPILED = [  # implementation, which is also the device's name, and dtype
     ("cpu", torch.float32),
@@ -189,10 +189,25 @@ def test_what_compiled_group_norm_refuses_is_said() -> None:
     for x, sentence in (
         (torch.randn(1, 4, 2, 2, dtype=torch.float16), "not torch.float16"),
         (torch.randn(1, 4, 0, 2), "x has no pixels"),
-        (torch.randn(1, 132, 2, 2), "slower from 129 channels on, and there are 132"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ops.group_norm(x, 2, torch.ones(x.shape[1]), torch.zeros(x.shape[1]), fused="cpu")
+
+
+@requires_extension
+def test_where_compiled_group_norm_is_slower_it_is_taken_by_name_only() -> None:
+    runs = {i.name: i.run for i in _GROUP_NORM.implementations}
+    for channels, dtype, first in (
+        (128, torch.float32, "cpu"),
+        (132, torch.float32, "channels_last"),
+        (256, torch.bfloat16, "cpu"),
+        (260, torch.bfloat16, "channels_last"),
+    ):
+        x, ones = torch.randn(1, channels, 2, 2).to(dtype), torch.ones(channels)
+        for fused, expected in ((True, first), ("cpu", "cpu")):
+            assert _GROUP_NORM.choose(fused, x, 2, ones, ones, 1e-5, None, None) == runs[expected]
+        y, other = (ops.group_norm(x, 2, ones, ones, fused=fused) for fused in ("cpu", False))
+        torch.testing.assert_close(y, other)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -323,6 +323,13 @@ def _why_not_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor |
     return _why_not_size(x, weight) or native.why_no_cpu_code(x)
 
 
+def _why_not_cpu_first(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor | None) -> str | None:
+    """All that is compiled of it is the gradient of weight and bias."""
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return None
+    return "without gradients of weight and bias PyTorch's is faster"
+
+
 def _why_not_size(x: Tensor, weight: Tensor) -> str | None:
     if weight.shape[-1] not in COMPILED_KERNEL_SIZES:
         return f"it takes kernel sizes {', '.join(map(str, COMPILED_KERNEL_SIZES))}, not {weight.shape[-1]}"
@@ -358,7 +365,7 @@ _DEPTHWISE = Op(
     depthwise_conv2d_reference,
     (
         Implementation("cuda", _depthwise_conv2d_compiled, _why_not_cuda),
-        Implementation("cpu", _depthwise_conv2d_compiled, _why_not_cpu),
+        Implementation("cpu", _depthwise_conv2d_compiled, _why_not_cpu, _why_not_cpu_first),
         Implementation("channels_last", _depthwise_conv2d_torch, always),
     ),
 )

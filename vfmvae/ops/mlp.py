@@ -185,7 +185,7 @@ _MODULATED_MLP = Op(
     "modulated_mlp",
     modulated_mlp_reference,
     (
-        Implementation("cpu", _modulated_mlp_compiled, mlp_cpu.why_not),
+        Implementation("cpu", _modulated_mlp_compiled, mlp_cpu.why_not, mlp_cpu.why_not_first),
         Implementation("triton", _modulated_mlp_triton, _why_not_triton, _why_not_triton_first),
         Implementation("gemm", _modulated_mlp_gemm, always),
     ),

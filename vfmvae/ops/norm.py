@@ -250,9 +250,14 @@ def _why_not_compiled(
         return f"it takes float32 and bfloat16, not {x.dtype}"
     if 0 in x.shape[2:]:
         return "x has no pixels"
-    if x.shape[1] > MOST_CHANNELS[x.dtype]:
-        return f"it is slower from {MOST_CHANNELS[x.dtype] + 1} channels on, and there are {x.shape[1]}"
     return native.why_no_cpu_code(x)
+
+
+def _why_not_compiled_first(x: Tensor, *_: object) -> str | None:
+    most = MOST_CHANNELS[x.dtype]
+    return (
+        f"it is slower from {most + 1} channels on, and there are {x.shape[1]}" if x.shape[1] > most else None
+    )
 
 
 def channel_rms_norm(x: Tensor, gamma: Tensor, *, fused: Fused = True) -> Tensor:
@@ -271,7 +276,7 @@ _GROUP_NORM = Op(
     group_norm_reference,
     (
         Implementation("cuda", norm_cuda.group_norm, norm_cuda.why_not),
-        Implementation("cpu", _group_norm_compiled, _why_not_compiled),
+        Implementation("cpu", _group_norm_compiled, _why_not_compiled, _why_not_compiled_first),
         Implementation("channels_last", _group_norm_torch, always),
     ),
 )
