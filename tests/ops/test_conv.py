@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.helpers import COMPILED, DEVICES, assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
-from vfmvae.ops.conv import depthwise_conv2d_reference, depthwise_conv2d_with_statistics
+from vfmvae.ops.conv import _DEPTHWISE, depthwise_conv2d_reference, depthwise_conv2d_with_statistics
 
 
 def test_depthwise_is_a_sum_over_the_window() -> None:
@@ -204,6 +204,45 @@ def test_a_frozen_weight_gets_no_gradient_and_the_input_does() -> None:
 
 
 @requires_extension
+def test_the_compiled_depthwise_is_chosen_for_gradients_of_weight_and_bias_alone() -> None:
+    runs = {i.name: i.run for i in _DEPTHWISE.implementations}
+    x = torch.randn(1, 4, 5, 5, requires_grad=True)
+
+    def chosen(of_weight: bool, of_bias: bool) -> str:
+        weight = torch.randn(4, 1, 3, 3, requires_grad=of_weight)
+        run = _DEPTHWISE.choose(True, x, weight, torch.randn(4, requires_grad=of_bias), None)
+        return "channels_last" if run == runs["channels_last"] else "compiled"
+
+    assert chosen(True, False) == chosen(False, True) == "compiled"
+    assert chosen(False, False) == "channels_last"
+    with torch.no_grad():
+        assert chosen(True, True) == "channels_last"
+
+
+@requires_extension
+def test_x_is_kept_for_gradients_of_weight_and_bias_alone() -> None:
+    x = torch.randn(1, 4, 5, 5, requires_grad=True)
+    weight, bias = torch.randn(4, 1, 3, 3), torch.randn(4)
+    frozen = ops.depthwise_conv2d(x, weight, bias, fused="cpu")
+    assert [None if t is None else t.shape for t in frozen.grad_fn.saved_tensors] == [None, weight.shape]
+    for learning in (weight, bias):
+        learning.requires_grad_()
+        y = ops.depthwise_conv2d(x, weight, bias, fused="cpu")
+        assert y.grad_fn.saved_tensors[0] is not None
+        learning.requires_grad_(False)
+
+
+@requires_extension
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_bias_gets_its_gradient_in_its_own_dtype(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    x, weight = torch.randn(2, 4, 5, 7), torch.randn(4, 1, 3, 3).to(dtypes[0]).requires_grad_()
+    bias = torch.randn(4).to(dtypes[1]).requires_grad_()
+    y = ops.depthwise_conv2d(x, weight, bias, fused="cpu")
+    (found,) = torch.autograd.grad(y, bias, torch.full_like(y, 1.2345))
+    torch.testing.assert_close(found, torch.full((4,), 70 * 1.2345).to(dtypes[1]))
+
+
+@requires_extension
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_depthwise_operations_are_known_to_torch(device: str) -> None:
     known = torch.ops.vfmvae
@@ -216,6 +255,7 @@ def test_the_depthwise_operations_are_known_to_torch(device: str) -> None:
     torch.library.opcheck(known.depthwise_input_gradient.default, (x.detach(), weight.detach()))
     torch.library.opcheck(known.depthwise_conv2d.default, (x, weight, bias, None))
     torch.library.opcheck(known.depthwise_conv2d.default, (x, weight, None, noise))
+    torch.library.opcheck(known.depthwise_conv2d.default, (x, weight.detach(), bias.detach(), None))
     if device == "cuda":
         torch.library.opcheck(known.depthwise_conv2d_with_statistics.default, (x, weight, bias, noise))
 
@@ -246,9 +286,14 @@ def test_fused_results_stay_channels_last() -> None:
 
 def test_wrong_weights_are_named() -> None:
     x = torch.randn(1, 4, 4, 4)
-    with pytest.raises(ValueError, match=r"noise has shape \(1, 4\), needed is \[4, 4\]"):
+    with pytest.raises(ValueError, match=r"noise is \[1, 4\]; for x .* it must be \[4, 4\]"):
         ops.depthwise_conv2d(x, torch.randn(4, 1, 3, 3), noise=torch.randn(1, 4))
-    with pytest.raises(ValueError, match=r"weight has shape \(4, 1, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"weight is \[4, 1, 2, 2\]; it must be \[C, 1, k, k\] with k odd"):
         ops.depthwise_conv2d(x, torch.randn(4, 1, 2, 2))
-    with pytest.raises(ValueError, match=r"weight has shape \(3, 5\), needed is \[D, 4\]"):
+    with pytest.raises(ValueError, match=r"weight is \[3, 5\]; for x .* it must be \[3, 4\]"):
         ops.pointwise_conv2d(x, torch.randn(3, 5))
+    for fused in (True, False):
+        with pytest.raises(ValueError, match=r"bias is \[1\]; for x .* it must be \[4\]"):
+            ops.depthwise_conv2d(x, torch.randn(4, 1, 3, 3), torch.randn(1), fused=fused)
+        with pytest.raises(ValueError, match=r"bias is \[1\]; for x .* it must be \[3\]"):
+            ops.pointwise_conv2d(x, torch.randn(3, 4), torch.randn(1), fused=fused)

@@ -86,10 +86,10 @@ def test_wrong_arguments_are_named() -> None:
         (
             (x, weight[:, :, :, :2], bias, noise),
             3,
-            r"conv_weight is \[6, 1, 3, 2\], needed is \[6, 1, k, k\]",
+            r"conv_weight is \[6, 1, 3, 2\]; it must be \[C, 1, k, k\]",
         ),
-        ((x, weight, bias[:3], noise), 3, r"conv_bias is \[3\]; x .* needs \[6\]"),
-        ((x, weight, bias, noise[:2]), 3, r"noise is \[2, 4\]; x .* needs \[4, 4\]"),
+        ((x, weight, bias[:3], noise), 3, r"conv_bias is \[3\]; for x .* must be \[6\]"),
+        ((x, weight, bias, noise[:2]), 3, r"noise is \[2, 4\]; for x .* must be \[4, 4\]"),
         ((x, weight, bias, noise), 4, "6 channels cannot be divided into 4 groups"),
     ):
         with pytest.raises(ValueError, match=sentence):

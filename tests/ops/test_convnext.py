@@ -155,7 +155,7 @@ def test_float32_goes_one_operation_after_the_other(monkeypatch: pytest.MonkeyPa
 def test_wrong_arguments_are_named(fused: bool) -> None:
     inputs = layer_inputs((2, 8, 4, 4))
     for place, wrong, groups, sentence in (
-        (3, torch.randn(3, 4), 2, r"noise is \[3, 4\]; x .* needs \[4, 4\]"),
+        (3, torch.randn(3, 4), 2, r"noise is \[3, 4\]; .* must be \[4, 4\]"),
         (6, torch.randn(1, 8), 2, r"style is \[1, 8\]; .* must be \[2, 8\]"),
         (9, torch.randn(32, 8), 2, r"contract_weight is \[32, 8\]; .* must be \[8, 32\]"),
         (0, inputs[0], 3, "8 channels cannot be divided into 3 groups"),

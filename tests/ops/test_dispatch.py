@@ -105,11 +105,40 @@ def test_a_part_that_the_installation_lacks_is_a_warning_on_cuda_once(
     assert caplog.records[0].levelname == "WARNING" and caplog.records[0].name == "vfmvae.ops"
 
 
-@pytest.mark.usefixtures("no_triton")
-def test_the_cpu_and_unfit_arguments_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+def cuda_tensor(dtype: torch.dtype = torch.float32) -> Tensor:
     with FakeTensorMode():
-        x = torch.empty(2, device="cuda", dtype=torch.float64)
+        return torch.empty(2, device="cuda", dtype=dtype)
+
+
+@pytest.mark.usefixtures("no_triton")
+def test_the_cpu_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vfmvae.ops"):
-        make_accelerated_op().choose(True, x)
         make_accelerated_op()(True, torch.ones(2))
+    assert caplog.messages == []
+
+
+def test_unfit_arguments_are_a_warning_on_cuda_once(caplog: pytest.LogCaptureFixture) -> None:
+    op = make_accelerated_op()
+    for _ in range(2):
+        op.choose(True, cuda_tensor(torch.float64))
+    assert caplog.messages == [
+        "fused double runs as 'gemm', which is slower here (triton: it takes no float64)"
+    ]
+
+
+@pytest.mark.parametrize(
+    "implementations",
+    [
+        # What is slower, whether or not it could run; what is for another device; what warns by itself.
+        (Implementation("triton", abs, always, lambda x: "slower"), Implementation("gemm", abs, always)),
+        (Implementation("triton", abs, lambda x: "odd", lambda x: "slower"),),
+        (Implementation("cpu", abs, lambda x: "the tensor is on cuda"), Implementation("gemm", abs, always)),
+        (Implementation("triton", abs, lambda x: "odd"), Implementation("separate", abs, always)),
+    ],
+)
+def test_choices_that_lose_nothing_are_no_warning(
+    implementations: tuple[Implementation, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="vfmvae.ops"):
+        Op("double", abs, implementations).choose(True, cuda_tensor())
     assert caplog.messages == []

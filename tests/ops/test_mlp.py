@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.helpers import RELATIVE_LIMITS, assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
-from vfmvae.ops import mlp_cpu, native
+from vfmvae.ops import mlp, mlp_cpu, native
 from vfmvae.ops.demodulation import demodulation
 
 
@@ -80,21 +80,13 @@ def mlp_and_gradients(
     return [y.detach(), *torch.autograd.grad(y, own, grad.to(y.dtype))]
 
 
-@pytest.fixture
-def without_fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processors that have it would refuse the compiled form for bfloat16."""
-    monkeypatch.setattr(native, "cpu_multiplies_bfloat16", lambda: False)
-
-
 # Channels that fill no vector, tiles and bands of unequal size, one pixel, more samples than bands.
 @requires_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "shape", [(2, 8, 6, 6), (2, 20, 39, 41), (1, 5, 7, 3), (3, 33, 1, 1), (40, 16, 6, 6), (1, 128, 9, 14)]
 )
-def test_compiled_mlp(
-    shape: tuple[int, ...], dtype: torch.dtype, without_fast_bfloat16: None, poisoned_empty: None
-) -> None:
+def test_compiled_mlp(shape: tuple[int, ...], dtype: torch.dtype, poisoned_empty: None) -> None:
     inputs = [t.to(dtype) if i < 2 else t for i, t in enumerate(mlp_inputs(*shape))]
     grad = torch.randn(shape).to(dtype)
     compiled, eager = mlp_and_gradients(inputs, grad, "cpu"), mlp_and_gradients(inputs, grad, False)
@@ -183,14 +175,24 @@ def test_the_compiled_mlp_is_an_operation_that_torch_knows() -> None:
 
 
 @requires_extension
-def test_what_the_compiled_mlp_refuses_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="slower from 129 channels on, and there are 132"):
-        ops.modulated_mlp(*mlp_inputs(1, 132, 2, 2), fused="cpu")
+def test_what_the_compiled_mlp_refuses_is_said() -> None:
     with pytest.raises(ValueError, match="not torch.float16"):
         ops.modulated_mlp(*(t.half() for t in mlp_inputs(1, 8, 2, 2)), fused="cpu")
+
+
+@requires_extension
+def test_where_the_compiled_mlp_is_slower_it_is_taken_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    implementations = {i.name: i.run for i in mlp._MODULATED_MLP.implementations}
     monkeypatch.setattr(native, "cpu_multiplies_bfloat16", lambda: True)
-    with pytest.raises(ValueError, match="multiplies matrices of bfloat16 faster"):
-        ops.modulated_mlp(*(t.bfloat16() for t in mlp_inputs(1, 8, 2, 2)), fused="cpu")
+    for channels, dtype, first in (
+        (128, torch.float32, "cpu"),
+        (132, torch.float32, "gemm"),
+        (8, torch.bfloat16, "gemm"),
+    ):
+        inputs = [t.to(dtype) for t in mlp_inputs(1, channels, 2, 2)]
+        assert mlp._MODULATED_MLP.choose(True, *inputs) == implementations[first]
+        assert mlp._MODULATED_MLP.choose("cpu", *inputs) == implementations["cpu"]
+    assert_agrees(ops.modulated_mlp, mlp_inputs(1, 132, 3, 3), "cpu")
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 6, 6), (1, 5, 7, 3)])
@@ -200,6 +202,20 @@ def test_to_rgb_is_an_einsum_and_agrees(shape: tuple[int, ...]) -> None:
     expected = torch.einsum("bchw,bc,dc->bdhw", x, style, weight) + bias[:, None, None]
     torch.testing.assert_close(ops.modulated_to_rgb(x, style, weight, bias, fused=False), expected)
     assert_agrees(ops.modulated_to_rgb, [x, style, weight, bias])
+
+
+@pytest.mark.parametrize("fused", [True, False, "gemm"])
+def test_an_empty_batch(fused: bool | str) -> None:
+    shapes = ((0, 8, 4, 3), (0, 8), (3, 8), (3,))
+    for function, inputs, channels in (
+        (ops.modulated_mlp, mlp_inputs(0, 8, 4, 3), 8),
+        (ops.modulated_to_rgb, [torch.randn(s) for s in shapes], 3),
+    ):
+        own = [t.requires_grad_() for t in inputs]
+        y = function(*own, fused=fused)
+        assert y.shape == (0, channels, 4, 3)
+        for input, grad in zip(own, torch.autograd.grad(y.sum(), own), strict=True):
+            assert grad.shape == input.shape and not grad.any()
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -221,7 +237,25 @@ def test_tensors_that_do_not_fit_are_named(fused: bool) -> None:
         (0, torch.randn(1, 8, 3, 3), r"residual is \[1, 8, 3, 3\]; for x \[2, 8, 3, 3\] it must be"),
         (2, torch.randn(1, 8), r"style is \[1, 8\]; .* it must be \[2, 8\]"),
         (5, torch.randn(32, 8), r"contract_weight is \[32, 8\]; .* it must be \[8, 32\]"),
-        (0, inputs[0].bfloat16(), "residual is torch.bfloat16 and x torch.float32"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ops.modulated_mlp(*inputs[:place], wrong, *inputs[place + 1 :], fused=fused)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_tensors_of_to_rgb_that_do_not_fit_are_named(fused: bool) -> None:
+    inputs = [torch.randn(s) for s in ((2, 8, 3, 3), (2, 8), (3, 8), (3,))]
+    for place, shape, sentence in (
+        (1, (1, 8), r"style is \[1, 8\]; for x \[2, 8, 3, 3\] it must be \[2, 8\]"),
+        (2, (3, 4), r"weight is \[3, 4\]; .* it must be \[3, 8\]"),
+        (3, (1,), r"bias is \[1\]; .* it must be \[3\]"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            ops.modulated_to_rgb(*inputs[:place], torch.randn(shape), *inputs[place + 1 :], fused=fused)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_residual_of_another_dtype_is_converted(fused: bool) -> None:
+    residual, *others = mlp_inputs(2, 8, 3, 3)
+    y = ops.modulated_mlp(residual.bfloat16(), *others, fused=fused)
+    assert torch.equal(y, ops.modulated_mlp(residual.bfloat16().float(), *others, fused=fused))

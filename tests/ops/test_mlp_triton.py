@@ -4,13 +4,15 @@ the kernels' numbers."""
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers import SHARED_LIMIT, Resources, compile_triton_for_hopper, run_python
-from vfmvae.ops import mlp, native
+from vfmvae.ops import mlp, mlp_triton, native
 
 CHECKS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/check_modulated_mlp.py")
 A_REGISTER_OR_TWO = 8
@@ -120,6 +122,30 @@ def test_float32_is_taken_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
         arguments = [torch.ones(1, 8, 2, 2, dtype=dtype, device="meta")] * 2 + [torch.ones(8)] * 6
         assert mlp._MODULATED_MLP.choose(True, *arguments) == implementations[first]
         assert mlp._MODULATED_MLP.choose("triton", *arguments) == implementations["triton"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "objection"),
+    [
+        ((8, 0), 163, "too large for cards before Hopper, and this is sm_80"),
+        ((9, 0), 227, None),
+        ((10, 0), 227, None),
+        ((10, 3), 227, None),
+        ((12, 0), 99, "need 227 KiB of shared memory, and a block of this sm_120 has 99"),
+    ],
+)
+def test_cards_with_too_little_shared_memory_are_refused(
+    capability: tuple[int, int], shared: int, objection: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = capability
+    card = SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=shared << 10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(native, "why_no_triton", lambda x: None)
+    with FakeTensorMode():
+        x = torch.empty(1, 8, 2, 2, device="cuda", dtype=torch.bfloat16)
+    found = mlp_triton.why_not(x, torch.empty(32, 8))
+    assert (found is None) == (objection is None) and (objection is None or objection in str(found))
 
 
 def test_what_it_refuses_is_said() -> None:

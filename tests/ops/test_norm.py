@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.helpers import COMPILED, DEVICES, assert_kernel_close, requires_extension
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
-from vfmvae.ops.norm import ACTIVATIONS
+from vfmvae.ops.norm import _GROUP_NORM, ACTIVATIONS
 
 
 def test_group_norm_has_zero_mean_and_unit_variance_per_group() -> None:
@@ -157,6 +157,14 @@ def test_values_that_are_not_finite_spread_in_compiled_group_norm(
 
 
 @requires_extension
+@pytest.mark.parametrize("fused", [True, False, "cpu", "channels_last"])
+def test_group_norm_of_an_empty_batch(fused: bool | str) -> None:
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((0, 8, 4, 4), 8, 8))
+    y = ops.group_norm(x, 2, weight, bias, fused=fused)
+    assert y.shape == x.shape and not any(g.any() for g in torch.autograd.grad(y.sum(), (x, weight, bias)))
+
+
+@requires_extension
 def test_compiled_group_norm_is_an_operation_that_torch_knows() -> None:
     x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((2, 6, 4, 3), 6, 6))
     torch.library.opcheck(torch.ops.vfmvae.group_norm.default, (x, weight, bias, 3, 1e-5, "gelu"))
@@ -171,19 +179,35 @@ def test_what_compiled_group_norm_refuses_is_said() -> None:
     for x, sentence in (
         (torch.randn(1, 4, 2, 2, dtype=torch.float16), "not torch.float16"),
         (torch.randn(1, 4, 0, 2), "x has no pixels"),
-        (torch.randn(1, 132, 2, 2), "slower from 129 channels on, and there are 132"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ops.group_norm(x, 2, torch.ones(x.shape[1]), torch.zeros(x.shape[1]), fused="cpu")
 
 
+@requires_extension
+def test_where_compiled_group_norm_is_slower_it_is_taken_by_name_only() -> None:
+    runs = {i.name: i.run for i in _GROUP_NORM.implementations}
+    for channels, dtype, first in (
+        (128, torch.float32, "cpu"),
+        (132, torch.float32, "channels_last"),
+        (256, torch.bfloat16, "cpu"),
+        (260, torch.bfloat16, "channels_last"),
+    ):
+        x, ones = torch.randn(1, channels, 2, 2).to(dtype), torch.ones(channels)
+        for fused, expected in ((True, first), ("cpu", "cpu")):
+            assert _GROUP_NORM.choose(fused, x, 2, ones, ones, 1e-5, None, None) == runs[expected]
+        y, other = (ops.group_norm(x, 2, ones, ones, fused=fused) for fused in ("cpu", False))
+        torch.testing.assert_close(y, other)
+
+
 def test_wrong_arguments_are_named() -> None:
     norm = functools.partial(ops.group_norm, torch.randn(1, 6, 2, 2))
-    with pytest.raises(ValueError, match="6 channels cannot be divided into 4 groups"):
-        norm(4, torch.ones(6), torch.zeros(6))
-    with pytest.raises(ValueError, match=r"weight is \[3\] and bias \[6\]; x .* needs \[6\] twice"):
+    for groups in (4, 0, -3):
+        with pytest.raises(ValueError, match=f"6 channels cannot be divided into {groups} groups"):
+            norm(groups, torch.ones(6), torch.zeros(6))
+    with pytest.raises(ValueError, match=r"weight is \[3\]; for x \[1, 6, 2, 2\] it must be \[6\]"):
         norm(3, torch.ones(3), torch.zeros(6))
-    with pytest.raises(ValueError, match=r"style is \[6\]; x .* needs \[1, 6\]"):
+    with pytest.raises(ValueError, match=r"style is \[6\]; for x .* it must be \[1, 6\]"):
         norm(3, torch.ones(6), torch.zeros(6), style=torch.ones(6))
     with pytest.raises(ValueError, match="activation 'relu' is unknown; known: leaky_relu, gelu, silu"):
         norm(3, torch.ones(6), torch.zeros(6), activation="relu")

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from vfmvae import ops
 from vfmvae.ops.gradients import weight_gradients_wanted
@@ -89,6 +93,59 @@ def test_tensors_without_memory_do_not_reach_the_compiled_code() -> None:
     with FakeTensorMode():
         assert times(torch.empty(4, 5), 2.0).shape == (4, 5)
     assert RUNS == []
+
+
+def test_whoever_looks_on_sees_one_node() -> None:
+    graph = make_fx(lambda x: times(x, 2.0) + 1)(torch.ones(2))
+    assert "vfmvae.times_for_tests" in graph.code
+    assert torch.equal(graph(torch.full((2,), 3.0)), torch.full((2,), 7.0))
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.vfmvae.times_for_tests: lambda *_, **__: 5}
+    ) as f:
+        times(torch.ones(2), 2.0)
+    assert f.get_total_flops() == 5
+
+
+def test_views_of_negated_numbers_are_made_plain() -> None:
+    seen: list[float] = []
+
+    def first_in_memory(x: Tensor) -> Tensor:
+        seen.append(ctypes.c_float.from_address(x.data_ptr()).value)
+        return x.clone()
+
+    operation("memory_for_tests", first_in_memory, torch.empty_like, "cpu")(torch._neg_view(torch.ones(2)))
+    assert seen == [-1.0]
+
+
+def test_the_dtype_is_what_was_promised_under_autocast() -> None:
+    def product(x: Tensor) -> Tensor:
+        return x @ x
+
+    def product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.saved_tensors[0]
+        return (grad @ x.t() + x.t() @ grad,)
+
+    autograd = Autograd(keep, product_backward)
+    eager = operation("product_for_tests", product, torch.empty_like, "cpu", autograd)
+    x = torch.randn(4, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad((x @ x).sum(), x)
+    for function in (eager, torch.ops.vfmvae.product_for_tests):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = function(x)
+            (found,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(y, x @ x)
+        torch.testing.assert_close(found, expected)
+
+
+def test_saved_tensors_are_unpacked_once() -> None:
+    once = operation(
+        "checkpointed_for_tests", square, torch.empty_like, "cpu", Autograd(keep, square_backward)
+    )
+    x = torch.randn(3, requires_grad=True)
+    for function in (once, torch.ops.vfmvae.checkpointed_for_tests):
+        y = checkpoint(function, x, use_reentrant=False)
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        assert torch.equal(first, 2 * x)
 
 
 def test_gradients_of_inputs_only_holds_within_and_ends_with_an_error() -> None:

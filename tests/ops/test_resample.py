@@ -122,10 +122,12 @@ def test_values_that_are_not_finite_spread_as_in_the_reference(value: float, dty
 
 
 @requires_extension
-def test_empty_batch() -> None:
-    x = torch.empty(0, 4, 3, 3, requires_grad=True)
-    y = upsample_blur(x, 3, fused="cpu")
-    assert y.shape == (0, 1, 6, 6)
+@pytest.mark.parametrize("fused", ["cpu", False])
+@pytest.mark.parametrize(("kernel_size", "upscale"), [(3, 2), (5, 1), (1, 2)])
+def test_empty_batch(kernel_size: int, upscale: int, fused: bool | str) -> None:
+    x = torch.empty(0, 4, 3, 2, requires_grad=True)
+    y = upsample_blur(x, kernel_size, upscale, fused=fused)
+    assert y.shape == (0, 4 // upscale**2, 3 * upscale, 2 * upscale)
     assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
 
 

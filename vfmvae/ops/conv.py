@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfmvae.ops import native
+from vfmvae.ops.arguments import check_tensors
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 from vfmvae.ops.gradients import weight_gradients_wanted
 from vfmvae.ops.operation import Autograd, operation
@@ -40,15 +41,25 @@ def depthwise_conv2d(
 
     Returns:
         [B, C, H, W] in x.dtype.
+
+    Raises:
+        ValueError: an even k, tensors of other shapes or on other devices.
     """
-    channels, size = x.shape[1], weight.shape[-1]
-    if weight.shape != (channels, 1, size, size) or size % 2 == 0:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, needed is [{channels}, 1, k, k] with k odd"
-        )
-    if noise is not None and noise.shape != x.shape[2:]:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}, needed is {list(x.shape[2:])}")
+    check_kernel("weight", weight)
+    _, channels, *sides = x.shape
+    size = weight.shape[-1]
+    check_tensors(
+        x,
+        ("weight", weight, (channels, 1, size, size)),
+        ("bias", bias, (channels,)),
+        ("noise", noise, tuple(sides)),
+    )
     return _DEPTHWISE(fused, x, weight, bias, noise)
+
+
+def check_kernel(name: str, weight: Tensor) -> None:
+    if weight.ndim != 4 or weight.shape[-1] % 2 == 0:
+        raise ValueError(f"{name} is {list(weight.shape)}; it must be [C, 1, k, k] with k odd")
 
 
 def depthwise_conv2d_reference(
@@ -56,6 +67,7 @@ def depthwise_conv2d_reference(
 ) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     y = F.conv2d(x, weight.to(x.dtype), bias, padding=weight.shape[-1] // 2, groups=x.shape[1])
+    y = y.to(x.dtype)  # from that of autocast
     return y if noise is None else y + noise.to(x.dtype)
 
 
@@ -76,8 +88,11 @@ def _depthwise_fake(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tenso
 
 
 def _setup_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, _, noise = inputs
-    ctx.save_for_backward(x, weight)
+    x, weight, bias, noise = inputs
+    # The gradient of x does not need x.
+    of_weights = any(ctx.needs_input_grad[1:3])
+    ctx.save_for_backward(x if of_weights else None, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.noise_dtype = None if noise is None else noise.dtype
 
 
@@ -98,7 +113,7 @@ def _depthwise_autograd(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tup
         size = weight.shape[-1]
         sums = _depthwise_weight_gradient(x, grad, size)
         grad_weight = sums[:-1].t().reshape(-1, 1, size, size).to(weight.dtype)
-        grad_bias = sums[-1].to(weight.dtype) if needs_bias else None
+        grad_bias = sums[-1].to(ctx.bias_dtype) if needs_bias else None
     if needs_noise:
         grad_noise = grad.sum((0, 1), dtype=torch.float32).to(ctx.noise_dtype)
     return grad_x, grad_weight, grad_bias, grad_noise
@@ -226,7 +241,7 @@ def _plain_floats(x: Tensor) -> Tensor:
 def _run_weight_gradient(x: Tensor, grad: Tensor, size: int) -> Tensor:
     """x and the output's gradient [B, C, H, W] -> [k*k + 1, C] float32: weight, and bias in the last row."""
     batch, channels, height, width = x.shape
-    x, grad = _channels_last(x), _channels_last(grad)
+    x, grad = _channels_last(x), _channels_last(grad.to(x.dtype))
     out = _weight_gradient_fake(x, grad, size)
     arguments = {
         "x": x.data_ptr(),
@@ -298,9 +313,6 @@ def _channels_last(x: Tensor) -> Tensor:
 def _why_not_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor | None) -> str | None:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {x.dtype}"
-    elsewhere = [t for t in (weight, bias, noise) if t is not None and t.device != x.device]
-    if elsewhere:
-        return f"x is on {x.device}, another argument on {elsewhere[0].device}"
     return _why_not_size(x, weight) or native.why_no_cuda_code(x)
 
 
@@ -309,6 +321,13 @@ def _why_not_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor |
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {x.dtype}"
     return _why_not_size(x, weight) or native.why_no_cpu_code(x)
+
+
+def _why_not_cpu_first(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Tensor | None) -> str | None:
+    """All that is compiled of it is the gradient of weight and bias."""
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return None
+    return "without gradients of weight and bias PyTorch's is faster"
 
 
 def _why_not_size(x: Tensor, weight: Tensor) -> str | None:
@@ -320,20 +339,25 @@ def _why_not_size(x: Tensor, weight: Tensor) -> str | None:
 
 
 def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, fused: Fused = True) -> Tensor:
-    """1 x 1 convolution: x [B, C, H, W], weight [D, C], bias [D] or None -> [B, D, H, W] in x.dtype."""
-    if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, needed is [D, {x.shape[1]}]")
+    """1 x 1 convolution: x [B, C, H, W], weight [D, C], bias [D] or None -> [B, D, H, W] in x.dtype.
+
+    Raises:
+        ValueError: tensors of other shapes or on other devices.
+    """
+    outputs = weight.shape[0]
+    check_tensors(x, ("weight", weight, (outputs, x.shape[1])), ("bias", bias, (outputs,)))
     return _POINTWISE(fused, x, weight, bias)
 
 
 def pointwise_conv2d_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x, weight[:, :, None, None].to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = F.conv2d(x, weight[:, :, None, None].to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y.to(x.dtype)
 
 
 def _pointwise_conv2d_gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # In channels-last memory a 1 x 1 convolution is one matrix product, without a copy.
     y = F.linear(x.permute(0, 2, 3, 1), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return y.permute(0, 3, 1, 2)
+    return y.permute(0, 3, 1, 2).to(x.dtype)
 
 
 _DEPTHWISE = Op(
@@ -341,7 +365,7 @@ _DEPTHWISE = Op(
     depthwise_conv2d_reference,
     (
         Implementation("cuda", _depthwise_conv2d_compiled, _why_not_cuda),
-        Implementation("cpu", _depthwise_conv2d_compiled, _why_not_cpu),
+        Implementation("cpu", _depthwise_conv2d_compiled, _why_not_cpu, _why_not_cpu_first),
         Implementation("channels_last", _depthwise_conv2d_torch, always),
     ),
 )

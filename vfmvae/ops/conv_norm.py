@@ -9,9 +9,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from vfmvae.ops import norm_cuda
-from vfmvae.ops.conv import depthwise_conv2d, depthwise_conv2d_with_statistics, why_no_statistics
+from vfmvae.ops.arguments import check_tensors
+from vfmvae.ops.conv import (
+    check_kernel,
+    depthwise_conv2d,
+    depthwise_conv2d_with_statistics,
+    why_no_statistics,
+)
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
-from vfmvae.ops.norm import check_group_norm, group_norm
+from vfmvae.ops.norm import check_groups, group_norm
 
 
 def depthwise_group_norm(
@@ -39,34 +45,22 @@ def depthwise_group_norm(
         [B, C, H, W] in x.dtype. The fused forms can be differentiated once.
 
     Raises:
-        ValueError: shapes that do not fit, an even k, groups that do not divide C.
+        ValueError: an even k, groups that do not divide C, tensors of other shapes or on other devices.
     """
-    check(x, conv_weight, conv_bias, noise, groups, weight, bias, eps, style)
+    check_kernel("conv_weight", conv_weight)
+    check_groups(x, groups)
+    batch, channels, *sides = x.shape
+    size = conv_weight.shape[-1]
+    check_tensors(
+        x,
+        ("conv_weight", conv_weight, (channels, 1, size, size)),
+        ("conv_bias", conv_bias, (channels,)),
+        ("noise", noise, tuple(sides)),
+        ("weight", weight, (channels,)),
+        ("bias", bias, (channels,)),
+        ("style", style, (batch, channels)),
+    )
     return _DEPTHWISE_GROUP_NORM(fused, x, conv_weight, conv_bias, noise, groups, weight, bias, eps, style)
-
-
-def check(
-    x: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    noise: Tensor | None,
-    groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    style: Tensor | None,
-) -> None:
-    """Raises what `depthwise_group_norm` raises."""
-    channels, size = x.shape[1], conv_weight.shape[-1]
-    if conv_weight.shape != (channels, 1, size, size) or size % 2 == 0:
-        raise ValueError(
-            f"conv_weight is {list(conv_weight.shape)}, needed is [{channels}, 1, k, k] with k odd"
-        )
-    if conv_bias is not None and conv_bias.shape != (channels,):
-        raise ValueError(f"conv_bias is {list(conv_bias.shape)}; x {list(x.shape)} needs [{channels}]")
-    if noise is not None and noise.shape != x.shape[2:]:
-        raise ValueError(f"noise is {list(noise.shape)}; x {list(x.shape)} needs {list(x.shape[2:])}")
-    check_group_norm(x, groups, weight, bias, None, style)
 
 
 def depthwise_group_norm_reference(

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vfmvae.ops import conv_norm, mlp, mlp_triton
+from vfmvae.ops import conv_norm, mlp_triton
+from vfmvae.ops.arguments import check_tensors
+from vfmvae.ops.conv import check_kernel
 from vfmvae.ops.conv_norm import depthwise_group_norm
 from vfmvae.ops.demodulation import demodulation
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
-from vfmvae.ops.mlp import modulated_mlp
+from vfmvae.ops.mlp import modulated_mlp, rows_of_mlp
+from vfmvae.ops.norm import check_groups
 
 
 class _Conv(NamedTuple):
@@ -75,8 +78,21 @@ def modulated_convnext(
         [B, C, H, W] in x.dtype. The fused forms can be differentiated once.
 
     Raises:
-        ValueError: shapes that do not fit, an even k, groups that do not divide C.
+        ValueError: an even k, groups that do not divide C, tensors of other shapes or on other devices.
     """
+    check_kernel("conv_weight", conv_weight)
+    check_groups(x, groups)
+    _, channels, *sides = x.shape
+    size = conv_weight.shape[-1]
+    check_tensors(
+        x,
+        ("conv_weight", conv_weight, (channels, 1, size, size)),
+        ("conv_bias", conv_bias, (channels,)),
+        ("noise", noise, tuple(sides)),
+        ("norm_weight", norm_weight, (channels,)),
+        ("norm_bias", norm_bias, (channels,)),
+        *rows_of_mlp(x, style, expand_weight, expand_bias, contract_weight, contract_bias, gamma),
+    )
     conv, norm = _Conv(conv_weight, conv_bias, noise), _Norm(groups, norm_weight, norm_bias, eps)
     weights = _MLP(expand_weight, expand_bias, contract_weight, contract_bias, gamma)
     return _MODULATED_CONVNEXT(fused, x, style, conv, norm, weights)
@@ -92,10 +108,7 @@ def _separate(x: Tensor, style: Tensor, conv: _Conv, norm: _Norm, weights: _MLP)
 
 
 def _modulated_by_the_norm(x: Tensor, style: Tensor, conv: _Conv, norm: _Norm, weights: _MLP) -> Tensor:
-    arguments = _of_norm(x, style, conv, norm)
-    conv_norm.check(*arguments)
-    mlp.check(x, x, style, *weights)
-    y = conv_norm.with_statistics(*arguments)
+    y = conv_norm.with_statistics(*_of_norm(x, style, conv, norm))
     return mlp_triton.demodulated_mlp(x, y, demodulation(style, weights.expand_weight), *weights)
 
 

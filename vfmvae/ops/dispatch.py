@@ -10,9 +10,10 @@ An implementation objects through `why_not(*args) -> str | None`: a sentence tha
 or None. A missing package, build or device is an objection like any other; it is never an import error.
 
 What True chose is logged through `vfmvae.ops`, once per operation and reasons: as a WARNING where the tensors
-are on a CUDA device and an implementation was passed over because this installation lacks its part (Triton,
-or the extension's CUDA code), which installing it would mend; else at DEBUG. So the CPU is silent, and so are
-arguments that an implementation was not made for.
+are on a CUDA device and an implementation made for it cannot run, either because this installation lacks its
+part (Triton, or the extension's CUDA code), which installing it would mend, or because of the dtype, the size
+or the card, so that plain PyTorch runs; else at DEBUG. So the CPU is silent, and so is the choice of what is
+faster (`why_not_first`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ logger = logging.getLogger("vfmvae.ops")
 
 Fused = bool | str
 
+PLAIN = ("reference", "gemm", "channels_last")
+"""Names of implementations in plain PyTorch."""
+
 
 @dataclass(frozen=True)
 class Implementation:
@@ -40,7 +44,10 @@ class Implementation:
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
     why_not_first: Callable[..., str | None] = lambda *_: None
-    """Why True passes it over though it could run, which it does by name: where it is slower."""
+    """Why True passes it over though it could run, which it does by name: where it is slower.
+
+    To tell whether an objection of `why_not` costs anything, this is asked there too, but not of "cpu".
+    """
 
 
 def always(*_: object) -> None:
@@ -66,13 +73,15 @@ class Op:
             return self.reference
         if isinstance(fused, str):
             return self._by_name(fused, *args)
-        refused: list[tuple[str, str]] = []
+        refused: list[_Refusal] = []
         for implementation in self.implementations:
-            objection = implementation.why_not(*args) or implementation.why_not_first(*args)
+            objection = implementation.why_not(*args)
+            cannot = objection is not None
+            objection = objection or implementation.why_not_first(*args)
             if objection is None:
                 self._log_once(implementation.name, refused, args)
                 return implementation.run
-            refused.append((implementation.name, objection))
+            refused.append(_Refusal(implementation, objection, cannot))
         self._log_once("reference", refused, args)
         return self.reference
 
@@ -91,22 +100,32 @@ class Op:
                 return implementation.run
         raise ValueError(f"{self.name}: no implementation {name!r}; known: {', '.join(self.names())}")
 
-    def _log_once(self, chosen: str, refused: list[tuple[str, str]], args: tuple[Any, ...]) -> None:
+    def _log_once(self, chosen: str, refused: list[_Refusal], args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
             return
-        reasons = "; ".join(f"{name}: {objection}" for name, objection in refused)
+        reasons = "; ".join(f"{r.implementation.name}: {r.objection}" for r in refused)
         line = f"{self.name}: {chosen}" + (f" ({reasons})" if reasons else "")
         if line in self._logged:
             return
         self._logged.add(line)
-        absent = _absent_parts(args)
-        if any(objection in absent for _, objection in refused):
+        if any(r.worth_a_warning(chosen, args) for r in refused):
             logger.warning(f"fused {self.name} runs as {chosen!r}, which is slower here ({reasons})")
         else:
             logger.debug(line)
 
 
-def _absent_parts(args: tuple[Any, ...]) -> set[str | None]:
-    """Objections to any CUDA tensor at all: what this installation lacks. Nothing for other devices."""
-    x = next((a for a in args if isinstance(a, Tensor) and a.is_cuda), None)
-    return set() if x is None else {native.why_no_triton(x), native.why_no_cuda_code(x)} - {None}
+class _Refusal(NamedTuple):
+    implementation: Implementation
+    objection: str
+    cannot: bool
+    """Whether it is that of `why_not`."""
+
+    def worth_a_warning(self, chosen: str, args: tuple[Any, ...]) -> bool:
+        """Whether CUDA tensors lose by it: see the module docstring."""
+        x = next((a for a in args if isinstance(a, Tensor) and a.is_cuda), None)
+        if x is None or not self.cannot or self.implementation.name == "cpu":
+            return False
+        if self.objection in (native.why_no_triton(x), native.why_no_cuda_code(x)):
+            return True
+        # One that could run but would not be the first choice is no loss.
+        return chosen in PLAIN and self.implementation.why_not_first(*args) is None

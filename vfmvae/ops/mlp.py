@@ -7,11 +7,14 @@ the activations: W (v * x), demodulated by d = rsqrt((v^2) (W^2)^T + 1e-8) on th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vfmvae.ops import mlp_cpu, mlp_triton, to_rgb_triton
+from vfmvae.ops.arguments import check_tensors
 from vfmvae.ops.demodulation import DEMODULATION_EPS, demodulation
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 
@@ -31,7 +34,8 @@ def modulated_mlp(
     """residual + gamma * (W2 gelu(d * (W1 (style * x)) + b1) + b2): the tail of a modulated ConvNeXt layer.
 
     Args:
-        residual, x: [B, C, H, W], same dtype; x is the normalised input.
+        residual, x: [B, C, H, W]; x is the normalised input. A residual of another dtype is converted to
+            x's.
         style: [B, C], the per-input scale v; float32 whatever x is.
         expand_weight, expand_bias: W1 [E, C], b1 [E] (E is 4C in the published decoder).
         contract_weight, contract_bias: W2 [C, E], b2 [C].
@@ -42,15 +46,14 @@ def modulated_mlp(
         The fused forms can be differentiated once.
 
     Raises:
-        ValueError: shapes that do not fit, or a residual of another dtype than x.
+        ValueError: tensors of other shapes or on other devices.
     """
     weights = (expand_weight, expand_bias, contract_weight, contract_bias, gamma)
-    check(residual, x, style, *weights)
-    return _MODULATED_MLP(fused, residual, x, style, *weights)
+    check_tensors(x, ("residual", residual, x.shape), *rows_of_mlp(x, style, *weights))
+    return _MODULATED_MLP(fused, residual.to(x.dtype), x, style, *weights)
 
 
-def check(
-    residual: Tensor,
+def rows_of_mlp(
     x: Tensor,
     style: Tensor,
     expand_weight: Tensor,
@@ -58,25 +61,18 @@ def check(
     contract_weight: Tensor,
     contract_bias: Tensor,
     gamma: Tensor,
-) -> None:
-    """Raises what `modulated_mlp` raises."""
-    batch, channels = x.shape[:2]
+) -> tuple[tuple[str, Tensor, Sequence[int]], ...]:
+    """What `check_tensors` takes, for all arguments but the residual."""
+    batch, channels, *_ = x.shape
     hidden = expand_weight.shape[0]
-    for name, tensor, shape in (
-        ("residual", residual, x.shape),
+    return (
         ("style", style, (batch, channels)),
         ("expand_weight", expand_weight, (hidden, channels)),
         ("expand_bias", expand_bias, (hidden,)),
         ("contract_weight", contract_weight, (channels, hidden)),
         ("contract_bias", contract_bias, (channels,)),
         ("gamma", gamma, (channels,)),
-    ):
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} is {list(tensor.shape)}; for x {list(x.shape)} it must be {list(shape)}"
-            )
-    if residual.dtype != x.dtype:
-        raise ValueError(f"residual is {residual.dtype} and x {x.dtype}; they must have the same dtype")
+    )
 
 
 def modulated_mlp_reference(
@@ -85,7 +81,7 @@ def modulated_mlp_reference(
     weight = w1 * style[:, None, :]  # [B, E, C]
     weight = weight * (weight.square().sum(dim=2, keepdim=True) + DEMODULATION_EPS).rsqrt()
     hidden = F.gelu(_grouped_conv1x1(x, weight) + b1[:, None, None].to(x.dtype))  # [B, E, H, W]
-    y = F.conv2d(hidden, w2[:, :, None, None].to(x.dtype), b2.to(x.dtype))
+    y = F.conv2d(hidden, w2[:, :, None, None].to(x.dtype), b2.to(x.dtype)).to(x.dtype)  # autocast has its own
     return residual + gamma[:, None, None].to(x.dtype) * y
 
 
@@ -103,8 +99,8 @@ def _modulated_mlp_gemm(
         hidden = torch.baddbmm(b1.to(x.dtype), tokens, weight.to(x.dtype).transpose(1, 2))
     else:
         scaled = F.linear(tokens * style[:, None, :].to(x.dtype), w1.to(x.dtype))
-        hidden = torch.addcmul(b1.to(x.dtype), scaled, scale[:, None, :].to(x.dtype))
-    y = F.linear(F.gelu(hidden), contract, contract_bias)  # [B, HW, C]
+        hidden = torch.addcmul(b1.to(scaled.dtype), scaled, scale[:, None, :].to(scaled.dtype))
+    y = F.linear(F.gelu(hidden), contract, contract_bias).to(x.dtype)  # [B, HW, C]
     return residual + y.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -141,12 +137,23 @@ def modulated_to_rgb(
     Args:
         x: [B, C, H, W].
         style: [B, C], the per-input scale.
-        weight: [3, C]; bias: [3].
+        weight: [D, C]; bias: [D]; D is 3, and the Triton form takes no other.
 
     Returns:
-        [B, 3, H, W] in float32 (float64 for float64 x): an image keeps more digits than 16-bit activations.
+        [B, D, H, W] in float32 (float64 for float64 x): an image keeps more digits than 16-bit activations.
         The Triton form can be differentiated once.
+
+    Raises:
+        ValueError: tensors of other shapes or on other devices.
     """
+    batch, channels, *_ = x.shape
+    colours = weight.shape[0]
+    check_tensors(
+        x,
+        ("style", style, (batch, channels)),
+        ("weight", weight, (colours, channels)),
+        ("bias", bias, (colours,)),
+    )
     return _MODULATED_TO_RGB(fused, x, style, weight, bias)
 
 
@@ -161,12 +168,14 @@ def _modulated_to_rgb_gemm(x: Tensor, style: Tensor, weight: Tensor, bias: Tenso
     tokens = wide.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
     per_sample = (weight * style[:, None, :]).to(wide.dtype)  # [B, 3, C]
     image = torch.baddbmm(bias.to(wide.dtype), tokens, per_sample.transpose(1, 2))  # [B, HW, 3]
-    return image.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return image.view(batch, height, width, weight.shape[0]).permute(0, 3, 1, 2).to(wide.dtype)
 
 
 def _grouped_conv1x1(x: Tensor, weight: Tensor) -> Tensor:
     """x [B, C, H, W] with one weight [D, C] per sample (weight [B, D, C]) -> [B, D, H, W]."""
     batch, channels, height, width = x.shape
+    if batch == 0:  # there is no convolution of no groups
+        return torch.einsum("bchw,bdc->bdhw", x, weight.to(x.dtype))
     grouped = x.reshape(1, batch * channels, height, width)
     kernels = weight.to(x.dtype).reshape(-1, channels, 1, 1)
     return F.conv2d(grouped, kernels, groups=batch).reshape(batch, -1, height, width)
@@ -176,7 +185,7 @@ _MODULATED_MLP = Op(
     "modulated_mlp",
     modulated_mlp_reference,
     (
-        Implementation("cpu", _modulated_mlp_compiled, mlp_cpu.why_not),
+        Implementation("cpu", _modulated_mlp_compiled, mlp_cpu.why_not, mlp_cpu.why_not_first),
         Implementation("triton", _modulated_mlp_triton, _why_not_triton, _why_not_triton_first),
         Implementation("gemm", _modulated_mlp_gemm, always),
     ),

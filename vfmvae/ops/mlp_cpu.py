@@ -30,9 +30,10 @@ WEIGHTS = ("style", "demodulation", "expand", "expand_bias", "contract", "contra
 def why_not(residual: Tensor, x: Tensor, *_: Tensor) -> str | None:
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {x.dtype}"
-    absent = native.why_no_cpu_code(x)
-    if absent is not None:
-        return absent
+    return native.why_no_cpu_code(x)
+
+
+def why_not_first(residual: Tensor, x: Tensor, *_: Tensor) -> str | None:
     if x.dtype == torch.bfloat16 and native.cpu_multiplies_bfloat16():
         return "this processor multiplies matrices of bfloat16 faster than it does"
     if x.dtype == torch.float32 and x.shape[1] > MOST_CHANNELS:

@@ -22,6 +22,8 @@ from vfmvae.ops import native
 from vfmvae.ops.gradients import weight_gradients_wanted
 from vfmvae.ops.operation import Autograd, operation
 
+SHARED_BYTES = 227 << 10
+"""Of a block, on the cards that the tiles are made for: sm_90, sm_100, sm_103. On sm_120 it has 99 KiB."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW_BYTES = 16
 """Rows of channels are multiples of this, or the hardware that copies tiles cannot read them."""
@@ -34,21 +36,27 @@ def why_not(x: Tensor, expand: Tensor) -> str | None:
     for what, count in (("channels", x.shape[1]), ("hidden units", expand.shape[0])):
         if count % multiple:
             return f"it takes multiples of {multiple} {what} of {x.dtype}, not {count}"
-    return native.why_no_triton(x)
+    absent = native.why_no_triton(x)
+    if absent is not None or x.device.type != "cuda":
+        return absent
+    return _card_objection(x.device.index or 0)
 
 
 def why_not_first(x: Tensor) -> str | None:
-    if x.dtype == torch.float32:
-        return "products of float32 are faster by cuBLAS"
-    return _older_card(x.device.index or 0) if x.device.type == "cuda" else None
+    return "products of float32 are faster by cuBLAS" if x.dtype == torch.float32 else None
 
 
 @torch.compiler.assume_constant_result
-def _older_card(device_index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(device_index)
-    if capability < (9, 0):
+def _card_objection(device_index: int) -> str | None:
+    if not torch.cuda.is_available():
+        return None  # a tensor without memory
+    card: Any = torch.cuda.get_device_properties(device_index)
+    if card.major < 9:
+        return f"its tiles are too large for cards before Hopper, and this is sm_{card.major}{card.minor}"
+    if card.shared_memory_per_block_optin < SHARED_BYTES:
         return (
-            f"its tiles are too large for cards before Hopper, and this is sm_{capability[0]}{capability[1]}"
+            f"its tiles need {SHARED_BYTES >> 10} KiB of shared memory, and a block of this"
+            f" sm_{card.major}{card.minor} has {card.shared_memory_per_block_optin >> 10}"
         )
     return None
 

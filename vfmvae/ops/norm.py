@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfmvae.ops import native, norm_cuda
+from vfmvae.ops.arguments import check_tensors
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 from vfmvae.ops.operation import Autograd, operation
 
@@ -50,26 +51,28 @@ def group_norm(
         [B, C, H, W] in x.dtype. The compiled forms can be differentiated once.
 
     Raises:
-        ValueError: groups that do not divide C, other shapes of weight, bias or style, an unknown activation.
+        ValueError: groups that do not divide C, an unknown activation, tensors of other shapes or on other
+            devices.
     """
-    check_group_norm(x, groups, weight, bias, activation, style)
+    _check(x, groups, weight, bias, activation, style)
     return _GROUP_NORM(fused, x, groups, weight, bias, eps, activation, style)
 
 
-def check_group_norm(
+def _check(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, activation: str | None, style: Tensor | None
 ) -> None:
-    if x.shape[1] % groups:
-        raise ValueError(f"{x.shape[1]} channels cannot be divided into {groups} groups")
-    if weight.shape != x.shape[1:2] or bias.shape != x.shape[1:2]:
-        raise ValueError(
-            f"weight is {list(weight.shape)} and bias {list(bias.shape)}; x {list(x.shape)} needs"
-            f" [{x.shape[1]}] twice"
-        )
+    check_groups(x, groups)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
-    if style is not None and style.shape != x.shape[:2]:
-        raise ValueError(f"style is {list(style.shape)}; x {list(x.shape)} needs {list(x.shape[:2])}")
+    batch, channels, *_ = x.shape
+    check_tensors(
+        x, ("weight", weight, (channels,)), ("bias", bias, (channels,)), ("style", style, (batch, channels))
+    )
+
+
+def check_groups(x: Tensor, groups: int) -> None:
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"{x.shape[1]} channels cannot be divided into {groups} groups")
 
 
 # torch.group_norm, since F.group_norm refuses groups of a single value (batch 1 at 1 x 1 pixel).
@@ -103,6 +106,7 @@ def _group_norm_torch(
     if x.device.type == "cpu":
         x = _asking_for_a_gradient(x - _group_means(x, groups), weight)
     y = torch.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    y = y.to(x.dtype)  # from that of autocast
     y = y if style is None else y * style[:, :, None, None].to(x.dtype)
     return y if activation is None else ACTIVATIONS[activation](y)
 
@@ -123,7 +127,9 @@ def _group_means(x: Tensor, groups: int) -> Tensor:
     ATen takes the variance of channels-last CPU tensors as E[x^2] - E[x]^2, inexact where means are large.
     """
     batch, channels = x.shape[:2]
-    means = x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32)).view(batch, groups, -1)
+    means = x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32)).view(
+        batch, groups, channels // groups
+    )
     shift = means.mean(dim=2, keepdim=True).expand_as(means)
     return shift.reshape(batch, channels, 1, 1).to(x.dtype)
 
@@ -244,9 +250,14 @@ def _why_not_compiled(
         return f"it takes float32 and bfloat16, not {x.dtype}"
     if 0 in x.shape[2:]:
         return "x has no pixels"
-    if x.shape[1] > MOST_CHANNELS[x.dtype]:
-        return f"it is slower from {MOST_CHANNELS[x.dtype] + 1} channels on, and there are {x.shape[1]}"
     return native.why_no_cpu_code(x)
+
+
+def _why_not_compiled_first(x: Tensor, *_: object) -> str | None:
+    most = MOST_CHANNELS[x.dtype]
+    return (
+        f"it is slower from {most + 1} channels on, and there are {x.shape[1]}" if x.shape[1] > most else None
+    )
 
 
 def channel_rms_norm(x: Tensor, gamma: Tensor, *, fused: Fused = True) -> Tensor:
@@ -265,7 +276,7 @@ _GROUP_NORM = Op(
     group_norm_reference,
     (
         Implementation("cuda", norm_cuda.group_norm, norm_cuda.why_not),
-        Implementation("cpu", _group_norm_compiled, _why_not_compiled),
+        Implementation("cpu", _group_norm_compiled, _why_not_compiled, _why_not_compiled_first),
         Implementation("channels_last", _group_norm_torch, always),
     ),
 )

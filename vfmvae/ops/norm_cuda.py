@@ -70,9 +70,6 @@ def why_not(
         return "x has no channels or no pixels"
     if x.shape[1] > MOST_CHANNELS:
         return f"it takes at most {MOST_CHANNELS} channels, not {x.shape[1]}"
-    for name, tensor in (("weight", weight), ("bias", bias), ("style", style)):
-        if tensor is not None and tensor.device != x.device:
-            return f"{name} is on {tensor.device}, x on {x.device}"
     return native.why_no_cuda_code(x)
 
 

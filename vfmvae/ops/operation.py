@@ -35,12 +35,20 @@ def operation(
         run: computes new tensors from its arguments, whose types its signature declares.
         fake: the same signature; gives results of the right shape and layout without values.
         autograd: None for an operation that is not differentiated, such as the backward of another.
+
+    `run` and the backward are called outside of torch.autocast, which would give results of other dtypes
+    than `fake` promises.
     """
-    custom = torch.library.custom_op(f"vfmvae::{name}", run, mutates_args=(), device_types=device_types)
+    schema = torch.library.infer_schema(run, mutates_args=())
+    run = _without_autocast(run)
+    custom = torch.library.custom_op(
+        f"vfmvae::{name}", run, mutates_args=(), device_types=device_types, schema=schema
+    )
     custom.register_fake(fake)
     eager = run
     if autograd is not None:
         backward = autograd.backward if autograd.again else _once(name, autograd.backward)
+        backward = _without_autocast(backward)
         custom.register_autograd(backward, setup_context=autograd.setup_context)
         members = {
             "forward": staticmethod(run),
@@ -51,9 +59,17 @@ def operation(
         eager = function.apply
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not _plain(arguments):
+        if torch.compiler.is_compiling() or _watched() or not _plain(arguments):
             return custom(*arguments)
         return eager(*arguments)
+
+    return call
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return function(*arguments)
 
     return call
 
@@ -68,6 +84,7 @@ def _once(
     """
 
     def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx = _Unpacked(ctx)
         with torch.no_grad():
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
@@ -76,6 +93,17 @@ def _once(
         return _SecondDerivative.apply(name, len(found), *found, *grads, *ctx.saved_tensors)
 
     return run
+
+
+class _Unpacked:
+    """A context whose saved tensors are unpacked once, as checkpointing that is not reentrant demands."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 class _SecondDerivative(torch.autograd.Function):
@@ -91,6 +119,17 @@ class _SecondDerivative(torch.autograd.Function):
         )
 
 
+def _watched() -> bool:
+    """Whether something looks on at every operation (make_fx, counters of FLOPs, selective checkpointing)."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def _plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether no tensor is of a subclass (fake, functional, sharded), whose memory is not at its address."""
-    return all(type(a) in (Tensor, torch.nn.Parameter) for a in arguments if isinstance(a, Tensor))
+    """Whether the values of all tensors are what is at their addresses: not so for subclasses (fake,
+    functional, sharded), nor for views that stand for the negated or conjugated numbers.
+    """
+    return not any(
+        type(a) not in (Tensor, torch.nn.Parameter) or a.is_neg() or a.is_conj()
+        for a in arguments
+        if isinstance(a, Tensor)
+    )

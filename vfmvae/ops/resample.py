@@ -52,13 +52,14 @@ def upsample_blur(
 def upsample_blur_reference(
     x: Tensor, kernel_size: int, upscale: int = 2, residual: Tensor | None = None
 ) -> Tensor:
-    y = F.pixel_shuffle(x, upscale)  # [B, C, H*upscale, W*upscale]
+    # Of no samples pixel_shuffle has no gradient, and there is nothing to shuffle.
+    y = F.pixel_shuffle(x, upscale) if x.shape[0] else x.reshape(_output_shape(x, upscale))
     channels, margin = y.shape[1], kernel_size // 2
     if margin:
         row = torch.tensor(BINOMIAL_ROWS[kernel_size], dtype=x.dtype, device=x.device)
         kernel = torch.outer(row, row) / row.sum().square()
         padded = F.pad(y, (margin, margin, margin, margin), mode="replicate")
-        y = F.conv2d(padded, kernel.expand(channels, 1, -1, -1), groups=channels)
+        y = F.conv2d(padded, kernel.expand(channels, 1, -1, -1), groups=channels).to(x.dtype)  # autocast
     return y if residual is None else y + residual
 
 
