@@ -24,7 +24,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     constant = torch.compiler.assume_constant_result
     monkeypatch.setattr(native, "_cuda_objection", constant(built_for))
     monkeypatch.setattr(native, "_triton_objection", constant(built_for))
-    monkeypatch.setattr(mlp_triton, "_older_card", constant(lambda device_index: None))
+    monkeypatch.setattr(mlp_triton, "_card_objection", constant(lambda device_index: None))
 
 
 @pytest.mark.usefixtures("a_gpu")
