@@ -26,7 +26,8 @@ def losses_of_fifty_steps(device: str, dtype: Literal["fp32", "bf16"], fused: bo
 @pytest.mark.parametrize("device", DEVICES)
 def test_fifty_steps_of_the_demo_end_at_the_same_loss(device: str) -> None:
     reference, fused = (losses_of_fifty_steps(device, "fp32", fused) for fused in (False, True))
-    assert fused[-1] == pytest.approx(reference[-1], rel=0.01)
+    # Single losses drift apart by up to 0.7 %, to both sides.
+    assert sum(fused[-10:]) == pytest.approx(sum(reference[-10:]), rel=0.01)
 
 
 @pytest.mark.gpu
