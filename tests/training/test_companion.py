@@ -16,7 +16,7 @@ from tests.whole_runs import EVERYTHING
 from vfmvae.images import to_unit
 from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.train_job import Job
-from vfmvae.train_step import TOKENIZER, Part, forward, generator_backward
+from vfmvae.train_step import Part, begin, generator_backward
 from vfmvae.training.checkpoint import Checkpoints
 from vfmvae.training.companion import CompanionLosses
 from vfmvae.training.draws import StepDraws
@@ -31,9 +31,9 @@ def backward(built: Job) -> StepOutput:
     built.begin_step()
     (images,) = next(built.batches(0))
     part = Part(to_unit(images), 0)
-    output = forward(built, part, built.weights(), TOKENIZER)
-    generator_backward(built, part, output, built.weights(), {})
-    return output
+    begun = begin(built, part, built.weights())
+    generator_backward(built, part, begun, built.weights(), {})
+    return begun.output
 
 
 def test_both_losses_reach_the_companion_and_one_of_them_the_latents() -> None:
