@@ -1,7 +1,7 @@
 """Everything that wants a GPU, in one command: build, correctness, speed. Run it first wherever there is one.
 
     python benchmarks/gpu_suite.py                               all parts, 8 minutes at most
-    python benchmarks/gpu_suite.py --only build,kernels --output /tmp/suite
+    python benchmarks/gpu_suite.py --only build,kernels --output results
     python benchmarks/gpu_suite.py --device cpu --only speed     a dry run without a GPU
 
 It needs torch, Triton, nvcc, cmake, ninja, pybind11, pytest and what `vfmvae` imports, but no network, no pip

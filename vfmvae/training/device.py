@@ -98,7 +98,7 @@ def set_precision(*, deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
-    # The likely ones come first, and a step has a hundred shapes: trying all takes a minute per image size.
+    # The likely ones come first, and a step has a hundred shapes per image size.
     torch.backends.cudnn.benchmark_limit = 3
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # That also fills fresh memory with NaN, which finds reads of it but costs a pass over every result.
