@@ -1,34 +1,22 @@
-"""The operations that kernels.py measures: a row of OPERATIONS each, with what it cannot do without.
-
-FLOPs count a multiply-add as two. Bytes are those of every tensor that a pass must read or write, once.
-"""
+"""The operations that kernels.py measures: a row of OPERATIONS each. Those of the decoder are here."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
 
 import torch
-from common import Unit
+from case import Case, Operation, Shape, activations, flops
 from torch import Tensor
 
 from vfmvae import ops
 from vfmvae.ops.conv import _DEPTHWISE
 from vfmvae.ops.conv_norm import _DEPTHWISE_GROUP_NORM
 from vfmvae.ops.convnext import _MODULATED_CONVNEXT
-from vfmvae.ops.dispatch import Op
 from vfmvae.ops.gated import _GEGLU
 from vfmvae.ops.mlp import _MODULATED_MLP, _MODULATED_TO_RGB
 from vfmvae.ops.norm import _GROUP_NORM
 from vfmvae.ops.resample import _UPSAMPLE_BLUR
-
-Pass = Literal["forward", "inputs", "backward"]
-PASSES: tuple[Pass, ...] = ("forward", "inputs", "backward")
-"""Forward; gradients of the inputs without those of weights; all gradients."""
-Shape = tuple[int, ...]
 
 BLOCKS: dict[str, list[Shape]] = {  # [B, C, H, W] in the decoder's blocks; upsample_blur ends there
     "demo": [(8, 64, 8, 8), (8, 64, 16, 16), (8, 32, 32, 32), (8, 16, 64, 64)],
@@ -40,52 +28,6 @@ TOKENS: dict[str, list[Shape]] = {  # [B, N, C] inside the latent fusion
     "full": [(1, 1024, 2048)],
     "odd": [(1, 7, 12), (3, 33, 40)],
 }
-
-
-@dataclass
-class Case:
-    """One operation at one shape."""
-
-    function: Callable[..., Tensor]
-    tensors: list[Tensor]
-    inputs: int
-    """So many of the tensors are inputs; the others are weights."""
-    flops: dict[Pass, float]
-    unit: Unit
-    reads: tuple[int, ...] = ()
-    """Tensors that the backward pass needs beside the output's gradient."""
-    weight_reads: tuple[int, ...] = ()
-    """Those that only gradients of weights need."""
-    passed_on: tuple[int, ...] = field(default=())
-    """Tensors whose gradient is the output's, so nothing is written."""
-
-    def moved_bytes(self, y: Tensor) -> dict[Pass, float]:
-        """Bytes of each pass; y is the output."""
-
-        def size(indices: range | tuple[int, ...]) -> float:
-            return sum(self.tensors[i].numel() * self.tensors[i].element_size() for i in indices)
-
-        out = y.numel() * y.element_size()
-        passed_on, everything = size(self.passed_on), range(len(self.tensors))
-        inputs = out + size(self.reads) + size(range(self.inputs)) - passed_on
-        backward = out + size(self.reads) + size(self.weight_reads) + size(everything) - passed_on
-        return {"forward": size(everything) + out, "inputs": inputs, "backward": backward}
-
-
-class Operation(NamedTuple):
-    op: Op
-    build: Callable[[Shape, torch.dtype, torch.device], Case]
-    shapes: dict[str, list[Shape]] = BLOCKS
-
-
-def flops(forward: float, inputs: float = 1, backward: float = 2) -> dict[Pass, float]:
-    """Of the three passes; the latter two as multiples of the first."""
-    return {"forward": forward, "inputs": inputs * forward, "backward": backward * forward}
-
-
-def activations(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    x = torch.randn(shape, device=device).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
 
 def depthwise_conv2d(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
@@ -167,12 +109,12 @@ def geglu(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
 
 
 OPERATIONS = {
-    "modulated_convnext": Operation(_MODULATED_CONVNEXT, modulated_convnext),
-    "modulated_mlp": Operation(_MODULATED_MLP, modulated_mlp),
-    "depthwise_conv2d": Operation(_DEPTHWISE, depthwise_conv2d),
-    "group_norm": Operation(_GROUP_NORM, group_norm),
-    "depthwise_group_norm": Operation(_DEPTHWISE_GROUP_NORM, depthwise_group_norm),
-    "upsample_blur": Operation(_UPSAMPLE_BLUR, upsample_blur),
-    "modulated_to_rgb": Operation(_MODULATED_TO_RGB, modulated_to_rgb),
+    "modulated_convnext": Operation(_MODULATED_CONVNEXT, modulated_convnext, BLOCKS),
+    "modulated_mlp": Operation(_MODULATED_MLP, modulated_mlp, BLOCKS),
+    "depthwise_conv2d": Operation(_DEPTHWISE, depthwise_conv2d, BLOCKS),
+    "group_norm": Operation(_GROUP_NORM, group_norm, BLOCKS),
+    "depthwise_group_norm": Operation(_DEPTHWISE_GROUP_NORM, depthwise_group_norm, BLOCKS),
+    "upsample_blur": Operation(_UPSAMPLE_BLUR, upsample_blur, BLOCKS),
+    "modulated_to_rgb": Operation(_MODULATED_TO_RGB, modulated_to_rgb, BLOCKS),
     "geglu": Operation(_GEGLU, geglu, TOKENS),
 }

@@ -8,7 +8,7 @@ The implementations of a case take turns, and ratios to the reference are median
 the backward pass that leaves out gradients of weights (the one that measures an adaptive loss weight). The
 floor of a pass is the time that its bytes take at the rate of a large copy, or its multiply-adds at that of a
 large matrix product (outside of matrix units: at the GPU's clock), whichever is longer; both rates are
-measured in the same run. Bytes and FLOPs are those that a pass cannot do without (cases.py).
+measured in the same run. Bytes and FLOPs are those that a pass cannot do without (case.py).
 
 On CUDA full-size shapes have a batch of 8, caches are emptied before every call, only the device's work is
 timed, and the reference gets NCHW memory, as published. On a CPU the batch is 1, a call finds in the caches
@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import OPERATIONS, PASSES, Case, Pass, Shape
+from case import PASSES, Case, Pass, Shape
+from cases import OPERATIONS
 from common import (
     RESULTS,
     Ceilings,
