@@ -107,7 +107,7 @@ ENGINE = ("tests/tokenizer/test_decoder_graph.py", "tests/test_train_job.py", "t
 ENGINE += tuple(
     f"tests/training/test_{name}.py" for name in ("checkpoint", "device", "draws", "ema", "optim")
 )
-GRAPHS = ("tests/test_compiled_step.py",)
+GRAPHS = ("tests/test_train_graphs.py",)
 """Files, not all of tests/, as those of the command lines need what a GPU machine may lack;
 tests/benchmarks/test_gpu_suite.py sees to it that every test marked gpu is in one part."""
 
@@ -115,7 +115,16 @@ tests/benchmarks/test_gpu_suite.py sees to it that every test marked gpu is in o
 def tests(*files: str, select: Sequence[str], limit_s: float = 60) -> list[str]:
     """The pytest command: in several processes where pytest-xdist is installed, so that a kernel that breaks
     its process's CUDA context does not take the other tests with it. `limit_s`: of one test."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "--tb=short",
+        "--show-capture=no",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["--continue-on-collection-errors", *select, "-p", "tests.lost_context"]
     if find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(6, (os.cpu_count() or 2) // 2)))]

@@ -104,7 +104,7 @@ class PublishedStep:
         tokenizer = self.job.tokenizer
         side = images.shape[-1] // tokenizer.config.downsample
         draws = self.job.draws(0, TOKENIZER)
-        draws.shared(EQUIVARIANCE_UNIFORMS)  # of the step's draws the noise is the second
+        draws.decisions(EQUIVARIANCE_UNIFORMS)  # of the step's draws the noise is the second
         features = tokenizer.encoder(images).layers
         posterior = tokenizer.fuse(features, (side, side))
         assert isinstance(posterior, Posterior)

@@ -32,6 +32,7 @@ from torch import Tensor
 from vfmvae.config import TrainConfig
 from vfmvae.data import open_data
 from vfmvae.recipes import NO_EQUIVARIANCE, demo, vfm_vae_siglip2_large
+from vfmvae.train_graphs import recorded_steps
 from vfmvae.train_job import Job
 from vfmvae.train_step import training_step
 from vfmvae.training.device import DTYPES, pick_device
@@ -39,13 +40,13 @@ from vfmvae.training.engine import EngineConfig
 
 Size = Literal["demo", "full"]
 Precision = Literal["fp32", "bf16"]
-Variant = Literal["reference", "reference fp32", "ours"]
+Variant = Literal["reference", "reference fp32", "ours", "ours, compiled", "ours, graphs"]
 Step = Callable[[Tensor], Mapping[str, Tensor]]
 
-VARIANTS: dict[Precision, list[Variant]] = {
-    "fp32": ["reference", "ours"],
-    # A CPU may be slower in the published mixture of precisions than in float32 throughout.
-    "bf16": ["reference", "reference fp32", "ours"],
+ENGINES: dict[Variant, EngineConfig] = {
+    "ours": EngineConfig(deterministic=False),
+    "ours, compiled": EngineConfig(deterministic=False, compile="default"),
+    "ours, graphs": EngineConfig(deterministic=False, graphs=True),
 }
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "bf16": 3e-2}
 """Of a first loss, relative to the larger of its size and 1."""
@@ -69,6 +70,8 @@ class Options:
     """CPU threads; by default what torch takes."""
     device: str = "auto"
     output: Path | None = None
+    compiled: bool = False
+    """Measure ours with torch.compile too, which takes minutes before the first step; always so on CUDA."""
     memory: bool = True
     """Measure peak memory too, in a process of its own for each side."""
     memory_of: Variant | None = None
@@ -86,11 +89,14 @@ def main() -> None:
     if options.memory_of is not None:
         print(peak_mib(config, options.memory_of, options.dtype, device))
         return
-    memory = {name: peak_mib_of_a_process(name) for name in VARIANTS[options.dtype]} if options.memory else {}
-    steps = build(config, options.dtype, VARIANTS[options.dtype])
+    sides = variants(options.dtype, device, options.compiled)
+    memory = {name: peak_mib_of_a_process(name) for name in sides} if options.memory else {}
+    steps = build(config, options.dtype, sides)
     images = photographs(config, device)
     losses = first_losses(steps, images)
     check_agreement(losses, TOLERANCE[options.dtype])
+    if device.type == "cuda":  # a graph is recorded in the second step
+        race(steps, images, device, 2)
     times = race(steps, images, device, options.repeats)
     result = {
         **provenance(device),
@@ -109,6 +115,14 @@ def main() -> None:
     write_result(options.output or RESULTS / name, result)
 
 
+def variants(dtype: Precision, device: torch.device, compiled: bool) -> list[Variant]:
+    """What is measured."""
+    # A CPU may be slower in the published mixture of precisions than in float32 throughout.
+    sides: list[Variant] = ["reference", *(["reference fp32"] if dtype == "bf16" else []), "ours"]
+    sides += ["ours, compiled"] if compiled or device.type == "cuda" else []
+    return [*sides, "ours, graphs"] if device.type == "cuda" else sides
+
+
 def configuration(size: Size, batch: int | None, device: str) -> TrainConfig:
     """A recipe with its first adversarial stage alone."""
     config, usual = (vfm_vae_siglip2_large(), 1) if size == "full" else (demo(), 8)
@@ -118,7 +132,7 @@ def configuration(size: Size, batch: int | None, device: str) -> TrainConfig:
         stages=(replace(stage, equivariance=NO_EQUIVARIANCE),),
         batch_size=batch or usual,
         device=device,
-        engine=EngineConfig(deterministic=False),
+        engine=ENGINES["ours"],
     )
 
 
@@ -129,22 +143,29 @@ def build(config: TrainConfig, dtype: Precision, names: Sequence[Variant]) -> di
     """
     pretrained = config.tokenizer.encoder.name == "mini"  # the others are downloads
     steps: dict[Variant, Step] = {}
-    if names != ["ours"]:
+    if any(name not in ENGINES for name in names):
         published = PublishedStep(config, pretrained)
         steps["reference"] = partial(published, low=DTYPES[dtype])
         steps["reference fp32"] = partial(published, low=torch.float32)
-    if "ours" in names:
-        job = Job(replace(config, fused=True, dtype=dtype), pretrained)
-        job.enter_stage(0)
-        steps["ours"] = partial(our_step, job)
+    for name in names:
+        if name in ENGINES:
+            job = Job(replace(config, fused=True, dtype=dtype, engine=ENGINES[name]), pretrained)
+            job.enter_stage(0)
+            steps[name] = our_step(job)
     return {name: steps[name] for name in names}
 
 
-def our_step(job: Job, images: Tensor) -> Mapping[str, Tensor]:
-    job.begin_step()
-    losses = training_step(job, [images], job.weights()).losses
-    job.state.step += 1
-    return losses
+def our_step(job: Job) -> Step:
+    """A step of the engine, recorded if its configuration says so."""
+    update = recorded_steps(job) or partial(training_step, job)
+
+    def step(images: Tensor) -> Mapping[str, Tensor]:
+        job.begin_step()
+        losses = update([images], job.weights()).losses
+        job.state.step += 1
+        return losses
+
+    return step
 
 
 def photographs(config: TrainConfig, device: torch.device) -> Tensor:
@@ -154,7 +175,7 @@ def photographs(config: TrainConfig, device: torch.device) -> Tensor:
 
 
 def first_losses(steps: Mapping[Variant, Step], images: Tensor) -> dict[Variant, dict[str, float]]:
-    """The losses of one step of each, unweighted."""
+    """The losses of the first step of each, unweighted."""
     return {name: {k: v.item() for k, v in step(images).items()} for name, step in steps.items()}
 
 

@@ -8,7 +8,7 @@ Three paths, all with random weights:
     reference  the published formulation and schedule (published_step.py): per-sample weights, NCHW, the
                published mixture of precisions, the generator run twice in a step
     compile    the same with torch.compile on the blocks of encoder and decoder and on the perceptual network
-    fused      ours; "graphs" is the same with CUDA graphs of its compiled blocks (training step, CUDA)
+    fused      ours; "graphs" is the same with the whole step as a CUDA graph (training step, CUDA)
 
 ceiling_share is the time that the arithmetic of the task takes at the rate of a large matrix product, or its
 parameters at that of a large copy, whichever is longer, divided by the time it took; both rates are measured
@@ -203,10 +203,10 @@ def build(side: Side, dtype: Precision, device: torch.device, batch: int) -> Mod
     images = random_images(config, device)
     pretrained = side.size == "demo"  # the full-size networks are downloads
     if side.route in ("fused", "graphs"):
-        engine = replace(config.engine, compile="cuda-graphs" if side.route == "graphs" else "off")
+        engine = replace(config.engine, graphs=side.route == "graphs")
         job = Job(replace(config, fused=True, dtype=dtype, engine=engine), pretrained)
         job.enter_stage(0)
-        step, decode = partial(our_step, job, images), job.tokenizer.decode
+        step, decode = partial(our_step(job), images), job.tokenizer.decode
     else:
         published = PublishedStep(config, pretrained)
         job = published.job
@@ -306,7 +306,7 @@ def count_flops(size: Size) -> dict[Task, float]:
     with torch.no_grad():
         latents = job.tokenizer.encode(images).mode()
     runs: dict[Task, Callable[[], object]] = {
-        "step": partial(our_step, job, images),
+        "step": partial(our_step(job), images),
         "decode": partial(job.tokenizer.decode, latents),
         "encode": partial(job.tokenizer.encode, images),
     }

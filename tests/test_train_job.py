@@ -241,7 +241,7 @@ def test_the_blur_fades_with_the_images() -> None:
     for ready.state.step in range(4):
         ready.begin_step()
         found.append(ready.blur())
-    assert found == [2.0, 1.0, 0.0, 0.0]
+    assert found == [(2.0, 6), (1.0, 6), None, None]
 
 
 def test_rates_follow_their_stage() -> None:

@@ -96,12 +96,12 @@ def test_a_discriminators_graph_is_the_real_one(r1: float) -> None:
     (adversary,), image = built.adversaries, part.images
     with graph_of(adversary.game) as own:
         draws = built.draws(0, DISCRIMINATOR)
-        seen = adversary.game.look(image.clone(), draws, 0.0)
-        loss = adversary.game(image, seen, draws, 0.0, built.weights())
+        seen = adversary.game.look(image.clone(), draws, None)
+        loss = adversary.game(image, seen, draws, None, built.weights())
     fake = image.clone().requires_grad_()
     with graph_of(adversary.game) as generator:
-        seen = adversary.game.look(fake, built.draws(0, DISCRIMINATOR), 0.0)
-        losses_ = adversary.game.generator_losses(seen, image, 0.0, built.weights())
+        seen = adversary.game.look(fake, built.draws(0, DISCRIMINATOR), None)
+        losses_ = adversary.game.generator_losses(seen, image, None, built.weights())
     assert loss.requires_grad and losses_
     found = run._game_graph("projected", planned.stages[0])
     assert found == (EXACT(sum(own.values()), rel=0.02), EXACT(sum(generator.values()), rel=0.02))

@@ -41,8 +41,8 @@ def plain_gradients(built: Job, part: Part) -> dict[str, Tensor]:
     of_images = image_losses(images, output.targets, weights, built.perceptual)
     adversarial = {}
     for adversary in built.playing:
-        seen = adversary.game.look(decoded, built.draws(0, GENERATOR), 0.0)
-        adversarial |= adversary.game.generator_losses(seen, output.targets, 0.0, weights)
+        seen = adversary.game.look(decoded, built.draws(0, GENERATOR), None)
+        adversarial |= adversary.game.generator_losses(seen, output.targets, None, weights)
     reconstruction = sum(weights[name] * loss for name, loss in of_images.items())
     total = reconstruction
     if built.stage.losses.adaptive_adversarial:

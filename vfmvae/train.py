@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -29,6 +30,7 @@ from vfmvae.data import worker_deaths
 from vfmvae.serialization import to_json
 from vfmvae.tokenizer.files import write_state
 from vfmvae.train_arguments import parse_arguments
+from vfmvae.train_graphs import recorded_steps
 from vfmvae.train_job import Job
 from vfmvae.train_plan import describe
 from vfmvae.train_step import training_step
@@ -98,6 +100,7 @@ class Run:
         self.console = console
         self.started = time.perf_counter()
         self.job = Job(config)
+        self.recorded = recorded_steps(self.job)
         self.checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
         self.rollbacks_since_save = 0
 
@@ -179,7 +182,8 @@ class Run:
             while (batch := self.next_batch(batches, log)) is not None:
                 rates = job.begin_step()
                 log.enter_stage(job.stage.name)
-                result = training_step(job, batch, job.weights())
+                step = self.recorded or partial(training_step, job)
+                result = step(batch, job.weights())
                 job.state.step += 1
                 means = log.step(self.position, result.losses, rates, result.skipped)
                 if means is not None and log.skips_in_a_row >= config.safety.max_skips:
@@ -288,6 +292,7 @@ class Run:
         how += [f"engine.accumulate {engine.accumulate}"] if engine.accumulate > 1 else []
         how += ["engine.recompute"] if engine.recompute else []
         how += [f"engine.compile {engine.compile}"] if engine.compile != "off" else []
+        how += ["engine.graphs"] if engine.graphs else []
         processes = f" x {world_size()} processes ({engine.parallel})" if world_size() > 1 else ""
         self.say(f"computing on {device_name(job.device)}{processes}: {', '.join(how)}")
         slow = slow_on_cpu(job.tokenizer.dtype, job.device)

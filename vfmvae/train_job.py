@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vfmvae.config import TrainConfig
 from vfmvae.data import Request, load_batches, open_data
 from vfmvae.discriminators import PatchDiscriminator, ProjectedDiscriminator
-from vfmvae.discriminators.blur import blur_sigma
+from vfmvae.discriminators.blur import Blur, blur_sigma, reach_of
 from vfmvae.encoders import build_encoder
 from vfmvae.losses.perceptual import LPIPS, VGG16, PerceptualNetwork, perceptual_network
 from vfmvae.losses.schedule import WeightSchedule
@@ -24,11 +24,12 @@ from vfmvae.training.companion import Companion
 from vfmvae.training.companion import check_new as check_companion
 from vfmvae.training.device import compute_dtype, keep_freed_memory, pick_device, set_precision
 from vfmvae.training.distributed import mean_over_ranks, rank, world_size
-from vfmvae.training.draws import StepDraws
+from vfmvae.training.draws import StandingDraws, StepDraws
 from vfmvae.training.ema import EMA, ema_beta
 from vfmvae.training.evaluation import HELD_OUT_IMAGES, Evaluation, evaluate
 from vfmvae.training.forward import Snapshot, TrainingForward
 from vfmvae.training.guard import BufferGuard, StepGuard
+from vfmvae.training.objective import Weights
 from vfmvae.training.optim import (
     OptimizerConfig,
     build_optimizer,
@@ -38,9 +39,9 @@ from vfmvae.training.optim import (
     set_learning_rate,
 )
 from vfmvae.training.rates import parameter_groups
+from vfmvae.training.recording import StandingInputs, check_recordable
 from vfmvae.training.reduction import reducing, replicated
 from vfmvae.training.regions import (
-    begin_pass,
     compile_blocks,
     decoder_blocks,
     encoder_blocks,
@@ -87,7 +88,9 @@ class Job:
         self.part_size = config.images_at_once(world_size())
         for stage in config.stages:
             for optimizer in (stage.optimizer, stage.discriminator_optimizer):
-                check_available(optimizer, self.device)
+                check_available(optimizer, self.device, config.engine.graphs)
+        if config.engine.graphs:
+            check_recordable(self.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if self.device.type == "cpu":
@@ -111,6 +114,8 @@ class Job:
         self.companions: list[Companion] = []
         self.snapshot: Snapshot | None = None
         self.place: Place | None = None
+        self.entries = 0  # into stages; what was recorded in one is of no use in the next
+        self.standing: StandingInputs | None = None
         self.stage: StageConfig = config.stages[0]
         self.trained: list[nn.Parameter] = []
         self.playing: list[Adversary] = []
@@ -183,7 +188,9 @@ class Job:
                 game = PatchAdversary(PatchDiscriminator(dtype=dtype))
             game.to(self.device)
             parameters = [p for p in game.parameters() if p.requires_grad]
-            optimizer = build_optimizer(stages[0].discriminator_optimizer, parameters)
+            optimizer = build_optimizer(
+                stages[0].discriminator_optimizer, parameters, capturable=self.config.engine.graphs
+            )
             adversaries.append(Adversary(name, game, replicated(game, self.device), optimizer, self._guard()))
         return adversaries
 
@@ -215,7 +222,8 @@ class Job:
         """
         check_companion(name, model, weight, {*self.state.modules, "snapshot", *REPORTED}, self.companions)
         model.to(self.device)
-        built = build_optimizer(optimizer, [p for p in model.parameters() if p.requires_grad])
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        built = build_optimizer(optimizer, parameters, capturable=self.config.engine.graphs)
         guard = StepGuard(self.config.safety, self.device, scaled=False)  # the tokenizer's scale is taken off
         companion = Companion(name, replicated(model, self.device), weight, schedule, optimizer, built, guard)
         self.companions.append(companion)
@@ -237,12 +245,16 @@ class Job:
         self.trained = list(trained.values())
         earlier = getattr(self, "optimizer", None)
         groups = parameter_groups(self.tokenizer, stage.trains, stage.rates)
-        self.optimizer = next_optimizer(stage.optimizer, self.trained, earlier, groups)
+        self.optimizer = next_optimizer(
+            stage.optimizer, self.trained, earlier, groups, self.config.engine.graphs
+        )
         self.playing = [
             a for a in self.adversaries if any(getattr(stage.losses, t) for t in TERMS_OF[a.name])
         ]
         for a in self.playing:
-            a.optimizer = next_optimizer(stage.discriminator_optimizer, a.parameters, a.optimizer)
+            a.optimizer = next_optimizer(
+                stage.discriminator_optimizer, a.parameters, a.optimizer, capturable=self.config.engine.graphs
+            )
             self.state.optimizers[a.name] = a.optimizer
         self.snapshot = self._take_snapshot(stage) if stage.losses.preservation else None
         self.state.optimizers["tokenizer"] = self.optimizer
@@ -252,6 +264,7 @@ class Job:
         for guard in (self.guard, *(a.guard for a in self.playing)):
             guard.begin_stage()
         self.stage = stage
+        self.entries += 1
         self.state.numbers |= {"stage": number, "measured": []}
         if self.config.engine.parallel == "ddp":
             self.model = replicated(self.forward, self.device)
@@ -333,12 +346,22 @@ class Job:
         # After a rollback the same numbers would lead to the same trouble.
         seed = self.config.seed + 1_000_003 * self.state.numbers.get("rollbacks", 0)
         count, total = self.part_size, self.config.batch_size
-        return StepDraws(seed, self.state.step, self.device, first, count, total, stream)
+        where = seed, self.state.step, self.device, first, count, total, stream
+        if self.standing is None:
+            return StepDraws(*where)
+        return StandingDraws(self.standing.draws.setdefault((first, stream), {}), *where)
 
-    def blur(self) -> float:
+    def blur_sigma(self) -> float:
         """Blur of the discriminators' images in this step, in pixels."""
         assert self.place is not None
         return blur_sigma(self.plan.stage_images(self.place), self.stage.blur_sigma, self.stage.blur_images)
+
+    def blur(self) -> Blur | None:
+        """The same as the discriminators take it; None for none."""
+        if not (sigma := self.blur_sigma()):
+            return None
+        wide = torch.full((), sigma, device=self.device) if self.standing is None else self.standing.sigma
+        return Blur(wide, reach_of(self.stage.blur_sigma))
 
     @contextmanager
     def reducing_tokenizer(self, last: bool) -> Iterator[None]:
@@ -358,7 +381,7 @@ class Job:
         first = name not in self.state.numbers["measured"]
         return self.is_adaptive(name) and (first or self.state.step % self.config.engine.adaptive_every == 0)
 
-    def note_measured(self, weights: Mapping[str, float]) -> None:
+    def note_measured(self, weights: Weights) -> None:
         """Goes at the end of a step with terms of these weights."""
         on = {"alignment": "alignment" in weights, "adversarial": any(t in weights for t in BALANCED_TERMS)}
         known = self.state.numbers["measured"]
@@ -383,13 +406,8 @@ class Job:
         guards = [self.guard, *(a.guard for a in self.playing), *(c.guard for c in self.companions)]
         return int(torch.stack([guard.in_a_row for guard in guards]).amax().item())
 
-    def begin_pass(self) -> None:
-        """Goes before every step and every evaluation."""
-        begin_pass(self.config.engine.compile)
-
     def evaluate(self) -> Evaluation:
         """Measure the averaged weights on held-out images."""
-        self.begin_pass()
         with self.ema.applied():
             return evaluate(self.forward, self.held_out, min(self.part_size, HELD_OUT_IMAGES), self.distances)
 

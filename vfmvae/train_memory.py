@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from vfmvae.config import TrainConfig
 from vfmvae.discriminators import PatchDiscriminator, ProjectedDiscriminator
+from vfmvae.discriminators.blur import Blur, reach_of
 from vfmvae.losses.perceptual import LPIPS, VGG16, PerceptualNetwork, perceptual_network
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.equivariance import Equivariance
@@ -197,10 +198,11 @@ class MetaRun:
 
     def _measured_game(self, name: str, weights: dict[str, float], sigma: float) -> GameGraph:
         game, (fake, real), draws = self.games[name], self._images(), StepDraws(0, 0, META, 0, 1, 1)
+        blur = Blur(torch.full((), sigma, device=META), reach_of(sigma)) if sigma else None
         with META, graph_of(game) as own:
-            game(real, game.look(fake.detach(), draws, sigma), draws, sigma, weights)
+            game(real, game.look(fake.detach(), draws, blur), draws, blur, weights)
         with META, graph_of(game) as generator:
-            game.generator_losses(game.look(fake, draws, sigma), real, sigma, weights)
+            game.generator_losses(game.look(fake, draws, blur), real, blur, weights)
         return GameGraph(sum(own.values()), sum(generator.values()))
 
     def _images(self) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vfmvae.images import to_unit
-from vfmvae.tokenizer.equivariance import EQUIVARIANCE_UNIFORMS, draw_equivariance
+from vfmvae.tokenizer.equivariance import EQUIVARIANCE_UNIFORMS, Equivariance, draw_equivariance
 from vfmvae.tokenizer.style import share_of_part
 from vfmvae.train_job import Job
 from vfmvae.training.adaptive import (
@@ -30,9 +30,11 @@ from vfmvae.training.adaptive import (
 )
 from vfmvae.training.adversary import TERMS_OF, Adversary
 from vfmvae.training.distributed import mean_over_ranks
+from vfmvae.training.draws import StepDraws
 from vfmvae.training.forward import StepOutput
 from vfmvae.training.guard import StepGuard, guarded_update
 from vfmvae.training.objective import (
+    Weights,
     alignment_gradients,
     cut,
     decoder_backward,
@@ -74,14 +76,26 @@ class Begun(NamedTuple):
     looks: dict[str, list[Tensor]]  # what each discriminator looks at, by a graph from the leaves
 
 
-def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float]) -> StepResult:
+def training_step(job: Job, batch: Sequence[Tensor], weights: Weights) -> StepResult:
     """One update of everything that trains.
 
     Args:
         batch: this process's images of the step, uint8 [b, 3, R, R] each: one part, or several to accumulate.
         weights: of the terms that are on in this step.
     """
-    job.begin_pass()
+    result = update_all(job, batch, weights)
+    conclude(job, weights)
+    return result
+
+
+def conclude(job: Job, weights: Weights) -> None:
+    """What follows the updates of a step."""
+    job.average()
+    job.note_measured(weights)
+
+
+def update_all(job: Job, batch: Sequence[Tensor], weights: Weights) -> StepResult:
+    """The updates of a step: all of it that happens on the device alone (vfmvae.train_graphs)."""
     # Before the forward: the last step's gradients need no room beside this one's activations.
     for optimizer in (job.optimizer, *(c.optimizer for c in job.companions)):
         optimizer.zero_grad(set_to_none=True)
@@ -108,16 +122,14 @@ def training_step(job: Job, batch: Sequence[Tensor], weights: Mapping[str, float
     return StepResult({**of_tokenizer, **losses}, torch.stack([*skipped, skip]).amax())
 
 
-def begin(job: Job, part: Part, weights: Mapping[str, float]) -> Begun:
+def begin(job: Job, part: Part, weights: Weights) -> Begun:
     """The forward that both updates use."""
     output = forward(job, part, weights, TOKENIZER)
     leaves = cut(output.images)
     return Begun(output, leaves, {a.name: look(job, a, leaves[0], part, weights) for a in job.playing})
 
 
-def look(
-    job: Job, adversary: Adversary, image: Tensor, part: Part, weights: Mapping[str, float]
-) -> list[Tensor]:
+def look(job: Job, adversary: Adversary, image: Tensor, part: Part, weights: Weights) -> list[Tensor]:
     """What a discriminator looks at, of a reconstruction; without a graph where no term of this step asks."""
     with torch.set_grad_enabled(
         torch.is_grad_enabled() and any(term in weights for term in TERMS_OF[adversary.name])
@@ -125,15 +137,13 @@ def look(
         return adversary.game.look(image, job.draws(part.first, GENERATOR), job.blur())
 
 
-def forward(
-    job: Job, part: Part, weights: Mapping[str, float], stream: int, average: bool = True
-) -> StepOutput:
+def forward(job: Job, part: Part, weights: Weights, stream: int, average: bool = True) -> StepOutput:
     """The tokenizer's forward of one part, with the draws of a stream.
 
     `average`: the part counts in the running mean of the style, once in a step.
     """
     draws = job.draws(part.first, stream)
-    change = draw_equivariance(job.stage.equivariance, draws.shared(EQUIVARIANCE_UNIFORMS))
+    change = drawn_equivariance(job, draws)
     side = round(part.images.shape[-1] * change.image_scale) // job.tokenizer.config.downsample
     noise = draws.normal((job.tokenizer.config.latent_channels, side, side))
     snapshot = job.snapshot if "preservation" in weights else None
@@ -142,9 +152,14 @@ def forward(
         return job.model(part.images, noise, change, "alignment" in weights, snapshot)
 
 
+def drawn_equivariance(job: Job, draws: StepDraws) -> Equivariance:
+    """What a step does to latents or images: the first that a forward draws."""
+    return draw_equivariance(job.stage.equivariance, draws.decisions(EQUIVARIANCE_UNIFORMS))
+
+
 @torch.no_grad()
 def discriminator_views(
-    job: Job, parts: Sequence[Part], weights: Mapping[str, float]
+    job: Job, parts: Sequence[Part], weights: Weights
 ) -> tuple[dict[str, list[list[Tensor]]], list[Tensor]]:
     """What each discriminator looks at of every part, and the targets, from a forward without a graph.
 
@@ -168,7 +183,7 @@ def discriminator_step(
     parts: Sequence[Part],
     fakes: Sequence[list[Tensor]],
     targets: Sequence[Tensor],
-    weights: Mapping[str, float],
+    weights: Weights,
 ) -> tuple[Tensor, Tensor]:
     """One update of a discriminator from targets (real) and what it looks at of reconstructions (fake);
     returns its loss, and 1.0 if the update was skipped.
@@ -189,7 +204,7 @@ def discriminator_step(
 
 
 def generator_step(
-    job: Job, parts: Sequence[Part], weights: Mapping[str, float], begun: Begun | None
+    job: Job, parts: Sequence[Part], weights: Weights, begun: Begun | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One update of the tokenizer and its companions; returns its losses, and 1.0 if one was skipped.
 
@@ -229,8 +244,6 @@ def generator_step(
         skipped.append(update(companion.optimizer, companion.parameters, companion.guard, loss, clip_norm)[0])
     skip, norm = update(job.optimizer, job.trained, job.guard, total, job.config.engine.clip_norm)
     job.buffers.restore(skip)
-    job.average()
-    job.note_measured(weights)
     return {**losses, "total": total, "gradient_norm": norm}, torch.stack([*skipped, skip]).amax()
 
 
@@ -238,7 +251,7 @@ def generator_backward(
     job: Job,
     part: Part,
     begun: Begun,
-    weights: Mapping[str, float],
+    weights: Weights,
     deferred: Mapping[Balanced, DeferredLoss],
 ) -> dict[str, Tensor]:
     """Backward of one part's losses, of which the update takes the mean over parts; returns the losses.
@@ -277,7 +290,7 @@ def generator_backward(
             if output.alignment.requires_grad:
                 (scale * factor * output.alignment).backward()
     for companion in job.companions:
-        weight = weights.get(companion.name, 0.0)
+        weight = weights.get(companion.name)
         losses |= companion.backward(output, job.draws(part.first, COMPANION), weight, scale)
     encoder_backward(output, weighted_sum(of_latents, weights), scale)
     return {name: loss.detach() for name, loss in losses.items()}
@@ -288,7 +301,7 @@ def adversarial_gradient(
     output: StepOutput,
     reconstruction: tuple[Tensor, Tensor],
     losses: Mapping[str, Tensor],
-    weights: Mapping[str, float],
+    weights: Weights,
     scale: Tensor,
     deferred: Mapping[Balanced, DeferredLoss],
 ) -> Tensor | None:
@@ -318,7 +331,7 @@ def adversarial_gradient(
     return torch.stack(found).sum(dim=0) if found else None
 
 
-def deferred_losses(job: Job, weights: Mapping[str, float]) -> dict[Balanced, DeferredLoss]:
+def deferred_losses(job: Job, weights: Weights) -> dict[Balanced, DeferredLoss]:
     """What to keep apart while a batch is accumulated: losses whose adaptive weight this step measures."""
     kept: dict[Balanced, DeferredLoss] = {}
     if "alignment" in weights and job.measures("alignment"):
@@ -328,7 +341,7 @@ def deferred_losses(job: Job, weights: Mapping[str, float]) -> dict[Balanced, De
     return kept
 
 
-def balanced_weights(job: Job, weights: Mapping[str, float]) -> Mapping[str, float | Tensor]:
+def balanced_weights(job: Job, weights: Weights) -> Weights:
     """The weights of a step with the adaptive one of the adversarial losses in them."""
     if not job.is_adaptive("adversarial"):
         return weights

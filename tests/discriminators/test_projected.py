@@ -25,7 +25,7 @@ from vfmvae.encoders import ViTConfig
 from vfmvae.losses.adversarial import hinge_discriminator_loss, hinge_generator_loss, r1_penalty
 
 TINY = ViTConfig(width=16, depth=2, heads=2, patch_size=8, image_size=32, mlp_width=24)
-RESIZE, CROP = (0.5, 0.3, 0.7), (0.499, 0.0, 0.999)
+RESIZE, CROP = torch.tensor((0.5, 0.3, 0.7)), torch.tensor((0.499, 0.0, 0.999))
 
 
 def tiny(name: str = "dino-small-patch16", c_dim: int = 0, dtype: torch.dtype = torch.float32):
@@ -116,8 +116,9 @@ def test_images_are_resized_as_in_torchvision(interpolation: str, size: tuple[in
 def test_half_of_the_batches_of_larger_images_are_cropped() -> None:
     discriminator, x = tiny(), images(2, 3, 40, 48)
     assert torch.equal(discriminator.resize(x, CROP), x[:, :, :32, 16:])
-    assert torch.equal(discriminator.resize(x, (0.0, 0.999, 0.5)), x[:, :, 8:, 8:40])
-    corners = {tuple(discriminator.resize(x, (0.0, u / 90, 0.0))[0, 0, 0, :1].tolist()) for u in range(90)}
+    assert torch.equal(discriminator.resize(x, torch.tensor((0.0, 0.999, 0.5))), x[:, :, 8:, 8:40])
+    draws = (torch.tensor((0.0, u / 90, 0.0)) for u in range(90))
+    corners = {tuple(discriminator.resize(x, crop)[0, 0, 0, :1].tolist()) for crop in draws}
     assert len(corners) == 9, "every row from 0 to 8 is a first row"
     same = images(2, 3, 32, 32)
     assert discriminator.resize(same, CROP) is same is discriminator.resize(same, RESIZE)
@@ -259,7 +260,7 @@ def test_no_value_is_read_back() -> None:
     with torch.device("meta"):  # tensors without values: reading one raises
         discriminator = tiny(c_dim=5).train()
         x = torch.rand(2, 3, 40, 40).requires_grad_()
-        for crop in (RESIZE, CROP):
+        for crop in torch.rand(2, 3):
             discriminator(x, draws(2), crop, torch.rand(2, 5)).sum().backward()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.tiny_runs import tiny
 from vfmvae.discriminators import AUGMENT_UNIFORMS, PatchDiscriminator, ProjectedDiscriminator
-from vfmvae.discriminators.blur import gaussian_blur
+from vfmvae.discriminators.blur import Blur, gaussian_blur
 from vfmvae.training.adversary import PatchAdversary, ProjectedAdversary
 from vfmvae.training.draws import StepDraws
 
@@ -37,31 +37,31 @@ def pair() -> tuple[Tensor, Tensor]:
 def logits(game: ProjectedAdversary, images: Tensor, **options: bool) -> tuple[list[Tensor], Tensor]:
     """What the discriminator looks at, and what it says."""
     one = draws()
-    crop, uniforms = tuple(one.shared(3)), one.uniform((AUGMENT_UNIFORMS,))
-    return game.look(images, draws(), 0.0), game.discriminator(images, uniforms, crop, **options)
+    crop, uniforms = one.uniform_of_batch(3), one.uniform((AUGMENT_UNIFORMS,))
+    return game.look(images, draws(), None), game.discriminator(images, uniforms, crop, **options)
 
 
 def test_the_projected_game_is_the_hinge_game(projected: ProjectedAdversary) -> None:
     real, fake = pair()
     (_, of_real), (seen, of_fake) = (logits(projected, images) for images in (real, fake))
     expected = (1 - of_real).relu().mean() + (1 + of_fake).relu().mean()
-    torch.testing.assert_close(projected(real, seen, draws(), 0.0, {}), expected)
-    losses = projected.generator_losses(seen, real, 0.0, {"adversarial": 1.0})
+    torch.testing.assert_close(projected(real, seen, draws(), None, {}), expected)
+    losses = projected.generator_losses(seen, real, None, {"adversarial": 1.0})
     torch.testing.assert_close(losses["adversarial"], -of_fake.mean())
-    assert projected.generator_losses(seen, real, 0.0, {}) == {}
+    assert projected.generator_losses(seen, real, None, {}) == {}
 
 
 def test_r1_is_a_penalty_on_the_gradient_at_real_images(projected: ProjectedAdversary) -> None:
     real, fake = pair()
-    seen = projected.look(fake, draws(), 0.0)
-    plain, penalised = (projected(real, seen, draws(), 0.0, w) for w in ({}, {"r1": 2.0}))
+    seen = projected.look(fake, draws(), None)
+    plain, penalised = (projected(real, seen, draws(), None, w) for w in ({}, {"r1": 2.0}))
     leaf = real.clone().requires_grad_()
     _, of_leaf = logits(projected, leaf, double_backward=True)
     (gradient,) = torch.autograd.grad(of_leaf.sum(), leaf)
     per_image = gradient.square().sum((1, 2, 3)).mean()
     ratio = (penalised - plain).item() / per_image.item()
     assert ratio > 0
-    other, again = (projected(real, seen, draws(), 0.0, {"r1": w}) for w in (4.0, 0.0))
+    other, again = (projected(real, seen, draws(), None, {"r1": w}) for w in (4.0, 0.0))
     assert (other - again).item() == pytest.approx(2 * (penalised - plain).item(), rel=1e-3)
     projected.zero_grad(set_to_none=True)
     penalised.backward()
@@ -73,23 +73,25 @@ def test_the_patch_game_is_least_squares(patch: PatchAdversary) -> None:
     of_real, of_fake = patch.discriminator(real), patch.discriminator(fake)
     scales = range(len(of_real))
     terms = [(of_real[n].logits - 1).square().mean() + of_fake[n].logits.square().mean() for n in scales]
-    loss = patch(real, [fake], draws(), 0.0, {})
+    loss = patch(real, [fake], draws(), None, {})
     ratio = (loss / torch.stack(terms).mean()).item()
     assert ratio == pytest.approx(1.0, rel=1e-5) or ratio == pytest.approx(0.5, rel=1e-5)
-    found = patch.generator_losses([fake], real, 0.0, {"patch_adversarial": 1, "feature_matching": 1})
+    found = patch.generator_losses([fake], real, None, {"patch_adversarial": 1, "feature_matching": 1})
     assert list(found) == ["patch_adversarial", "feature_matching"]
-    same = patch.generator_losses([real], real, 0.0, {"feature_matching": 1.0})
+    same = patch.generator_losses([real], real, None, {"feature_matching": 1.0})
     assert list(same) == ["feature_matching"] and same["feature_matching"] == 0
 
 
 def test_both_see_blurred_images(projected: ProjectedAdversary, patch: PatchAdversary) -> None:
     real, fake = pair()
+    # Pixels beyond the filter's reach count nothing.
+    blur = Blur(torch.tensor(1.5), reach=7)
     blurred = [gaussian_blur(images, 1.5) for images in (real, fake)]
     for game in (projected, patch):
-        with_blur = game(real, game.look(fake, draws(), 1.5), draws(), 1.5, {})
-        seen = game.look(blurred[1], draws(), 0.0)
-        torch.testing.assert_close(with_blur, game(blurred[0], seen, draws(), 0.0, {}))
-        assert with_blur != game(real, game.look(fake, draws(), 0.0), draws(), 0.0, {})
+        with_blur = game(real, game.look(fake, draws(), blur), draws(), blur, {})
+        seen = game.look(blurred[1], draws(), None)
+        torch.testing.assert_close(with_blur, game(blurred[0], seen, draws(), None, {}))
+        assert with_blur != game(real, game.look(fake, draws(), None), draws(), None, {})
 
 
 def test_spectral_norms_move_between_passes_only(projected: ProjectedAdversary) -> None:
@@ -97,9 +99,9 @@ def test_spectral_norms_move_between_passes_only(projected: ProjectedAdversary) 
     by_hand = copy.deepcopy(projected.discriminator)
     for move, iterations in ((lambda: None, 0), (projected.prepare, 2), (projected.follow, 1)):
         move()
-        seen = projected.look(fake, draws(), 0.0)
-        projected(real, seen, draws(), 0.0, {})
-        projected.generator_losses(seen, real, 0.0, {"adversarial": 1.0})
+        seen = projected.look(fake, draws(), None)
+        projected(real, seen, draws(), None, {})
+        projected.generator_losses(seen, real, None, {"adversarial": 1.0})
         for _ in range(iterations):
             by_hand.iterate_spectral_norms()
         expected = dict(by_hand.named_buffers())

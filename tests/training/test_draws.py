@@ -29,7 +29,7 @@ def step_draws(
 
 
 def all_kinds(draws: StepDraws) -> list[Tensor]:
-    return [draws.normal((4, 2)), draws.uniform((3,)), torch.tensor(draws.shared(5)), draws.normal(())]
+    return [draws.normal((4, 2)), draws.uniform((3,)), torch.tensor(draws.decisions(5)), draws.normal(())]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -79,7 +79,7 @@ def test_nothing_repeats_across_seeds_steps_streams_and_calls(device: torch.devi
 
 def test_seeds_and_steps_do_not_stand_in_for_each_other() -> None:
     pairs = [(0, 1), (1, 0), (0, 1_000_003), (1, 1_000_002)]
-    numbers = {step_draws(seed, step).shared(1)[0] for seed, step in pairs}
+    numbers = {step_draws(seed, step).decisions(1)[0] for seed, step in pairs}
     assert len(numbers) == len(pairs)
 
 
@@ -108,10 +108,10 @@ def test_neighbouring_steps_and_images_are_independent() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_shared_numbers_are_plain_floats_and_the_same_on_every_device(device: torch.device) -> None:
-    numbers = step_draws().shared(1000)
+    numbers = step_draws().decisions(1000)
     assert all(type(number) is float and 0 <= number < 1 for number in numbers)
     assert abs(sum(numbers) / 1000 - 0.5) < 5 / math.sqrt(12 * 1000)
-    assert step_draws(device=device).shared(1000) == numbers
+    assert step_draws(device=device).decisions(1000) == numbers
 
 
 def test_dtype_and_shape() -> None:

@@ -296,3 +296,10 @@ def test_norm_and_scaling_on_a_gpu_do_not_wait_for_it() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert gradient_norm(model.parameters()).item() == pytest.approx(1.0)
+
+
+def test_apex_is_refused_where_updates_are_recorded(apex_folder: Path) -> None:
+    put_apex(apex_folder, FAKE_APEX)
+    config = OptimizerConfig(implementation="apex")
+    with pytest.raises(ValueError, match=r"cannot be used: engine.graphs records updates"):
+        build_optimizer(config, [OnCuda(torch.zeros(2))], capturable=True)

@@ -100,7 +100,7 @@ class ProjectedDiscriminator(nn.Module):
         self,
         images: Tensor,
         uniforms: Tensor,
-        crop: tuple[float, float, float],
+        crop: Tensor,
         c: Tensor | None = None,
         double_backward: bool = False,
     ) -> Tensor:
@@ -108,7 +108,7 @@ class ProjectedDiscriminator(nn.Module):
 
         Args:
             uniforms: [B, AUGMENT_UNIFORMS] in [0, 1), the draws of the augmentation.
-            crop: three numbers in [0, 1) for the whole batch: images larger than the backbone's input are
+            crop: [3] in [0, 1), draws for the whole batch: images larger than the backbone's input are
                 cropped to it if the first is below 0.5, at the row and column of the other two; else resized.
             c: condition vectors [B, c_dim], exactly where the configuration has a c_dim.
             double_backward: for a gradient penalty; attention then runs in its plain form, as the fused ones
@@ -123,7 +123,7 @@ class ProjectedDiscriminator(nn.Module):
         self,
         images: Tensor,
         uniforms: Tensor,
-        crop: tuple[float, float, float],
+        crop: Tensor,
         double_backward: bool = False,
     ) -> list[Tensor]:
         """What the frozen part makes of images, [B, N, C] per layer; arguments as for `forward`."""
@@ -146,23 +146,29 @@ class ProjectedDiscriminator(nn.Module):
         """One power iteration in every head, for a step whose passes all run in eval mode."""
         iterate_together(module for module in self.modules() if isinstance(module, SpectralConv1d))
 
-    def resize(self, images: Tensor, crop: tuple[float, float, float]) -> Tensor:
+    def resize(self, images: Tensor, crop: Tensor) -> Tensor:
         """Images of any size -> [B, 3, S, S], the backbone's input, by a crop or a resize; see `forward`."""
         side = self.encoder.image_size
         height, width = images.shape[-2:]
         if (height, width) == (side, side):
             return images
-        choice, *offsets = crop
-        if min(height, width) > side and choice < CROP_PROBABILITY:
-            top, left = (int(u * (old - side + 1)) for u, old in zip(offsets, (height, width), strict=True))
-            return images[..., top : top + side, left : left + side]
-        return F.interpolate(
+        resized = F.interpolate(
             images,
             (side, side),
             mode=self.config.interpolation,
             align_corners=False,
             antialias=max(height, width) > side,
         )
+        if min(height, width) <= side:
+            return resized
+        # Both, and the choice on the device: nothing else in a step waits for a number that was drawn there.
+        choice, top, left = crop.unbind()
+        rows, columns = (
+            (u * (old - side + 1)).long() + torch.arange(side, device=images.device)
+            for u, old in ((top, height), (left, width))
+        )
+        cropped = images.index_select(-2, rows).index_select(-1, columns)
+        return torch.where(choice < CROP_PROBABILITY, cropped, resized)
 
     def readout(self, tokens: Tensor) -> Tensor:
         """All tokens [B, prefix + N, C] -> patch tokens [B, N, C], the class token added to each.

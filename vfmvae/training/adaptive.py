@@ -58,7 +58,11 @@ class DeferredLoss:
     """
 
     def __init__(
-        self, at: Tensor, encoder_side: Sequence[nn.Module], beyond: Sequence[nn.Module], weight: float
+        self,
+        at: Tensor,
+        encoder_side: Sequence[nn.Module],
+        beyond: Sequence[nn.Module],
+        weight: float | Tensor,
     ) -> None:
         """at: the weight where gradients are compared, in one of the modules. beyond: the modules between the
         latents and the loss. weight: of the loss, beside the adaptive one."""
@@ -110,7 +114,7 @@ class DeferredLoss:
                 self._sums[parameter] += gradient
 
 
-def deferred_alignment(tokenizer: Tokenizer, weight: float) -> DeferredLoss:
+def deferred_alignment(tokenizer: Tokenizer, weight: float | Tensor) -> DeferredLoss:
     """For `add(output, output.alignment, ...)` and `add_reconstruction(output.latents, ...)`."""
     return DeferredLoss(tokenizer.last_fusion_weight, _encoder_side(tokenizer), [tokenizer.align], weight)
 

@@ -7,14 +7,14 @@ the discriminator's parameters need not be computed for each. Images are [B, 3, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vfmvae.discriminators import AUGMENT_UNIFORMS, PatchDiscriminator, ProjectedDiscriminator
-from vfmvae.discriminators.blur import gaussian_blur
+from vfmvae.discriminators.blur import Blur, gaussian_blur
 from vfmvae.losses.adversarial import (
     feature_matching_loss,
     hinge_discriminator_loss,
@@ -25,6 +25,7 @@ from vfmvae.losses.adversarial import (
 )
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.guard import StepGuard
+from vfmvae.training.objective import Weights
 
 
 class ProjectedAdversary(nn.Module):
@@ -52,21 +53,21 @@ class ProjectedAdversary(nn.Module):
         real: Tensor,
         fake: Sequence[Tensor],
         draws: StepDraws,
-        sigma: float,
-        weights: Mapping[str, float],
+        blur: Blur | None,
+        weights: Weights,
     ) -> Tensor:
-        """The discriminator's loss, a scalar. `sigma`: blur of what it sees, in pixels; `fake`: of `look`."""
-        penalised = weights.get("r1", 0.0)
+        """The discriminator's loss, a scalar. `blur`: of what it sees; `fake`: of `look`."""
+        penalised = "r1" in weights
         if penalised:
             real = real.detach().requires_grad_()
-        looked = self.look(real, draws, sigma, double_backward=bool(penalised))
+        looked = self.look(real, draws, blur, double_backward=penalised)
         both = [torch.cat(pair) for pair in zip(looked, fake, strict=True)]
         of_real, of_fake = self.discriminator.judge(both, batches=2).chunk(2)
         loss = hinge_discriminator_loss(of_real, of_fake)
-        return loss + penalised * r1_penalty(real, of_real) if penalised else loss
+        return loss + weights["r1"] * r1_penalty(real, of_real) if penalised else loss
 
     def generator_losses(
-        self, fake: Sequence[Tensor], real: Tensor, sigma: float, weights: Mapping[str, float]
+        self, fake: Sequence[Tensor], real: Tensor, blur: Blur | None, weights: Weights
     ) -> dict[str, Tensor]:
         """The terms that ask the tokenizer to pass for real, by name; unweighted scalars."""
         if "adversarial" not in weights:
@@ -74,16 +75,15 @@ class ProjectedAdversary(nn.Module):
         return {"adversarial": hinge_generator_loss(self.discriminator.judge(fake))}
 
     def look(
-        self, images: Tensor, draws: StepDraws, sigma: float, double_backward: bool = False
+        self, images: Tensor, draws: StepDraws, blur: Blur | None, double_backward: bool = False
     ) -> list[Tensor]:
         """The backbone's features of images blurred, then augmented by draws of their own.
 
         `double_backward`: the gradient at the images will be differentiated again.
         """
-        choice, row, column = draws.shared(3)
-        uniforms = draws.uniform((AUGMENT_UNIFORMS,))
+        crop, uniforms = draws.uniform_of_batch(3), draws.uniform((AUGMENT_UNIFORMS,))
         return self.discriminator.features(
-            gaussian_blur(images, sigma), uniforms, (choice, row, column), double_backward=double_backward
+            blurred(images, blur), uniforms, crop, double_backward=double_backward
         )
 
 
@@ -105,15 +105,15 @@ class PatchAdversary(nn.Module):
         real: Tensor,
         fake: Sequence[Tensor],
         draws: StepDraws,
-        sigma: float,
-        weights: Mapping[str, float],
+        blur: Blur | None,
+        weights: Weights,
     ) -> Tensor:
         """The discriminator's loss, a scalar. `fake`: of `look`."""
-        of_real, of_fake = self.discriminator(gaussian_blur(real, sigma)), self.discriminator(*fake)
+        of_real, of_fake = self.discriminator(blurred(real, blur)), self.discriminator(*fake)
         return lsgan_discriminator_loss([o.logits for o in of_real], [o.logits for o in of_fake])
 
     def generator_losses(
-        self, fake: Sequence[Tensor], real: Tensor, sigma: float, weights: Mapping[str, float]
+        self, fake: Sequence[Tensor], real: Tensor, blur: Blur | None, weights: Weights
     ) -> dict[str, Tensor]:
         """The terms that ask the tokenizer to pass for real, by name; unweighted scalars."""
         losses = {}
@@ -122,15 +122,19 @@ class PatchAdversary(nn.Module):
             losses["patch_adversarial"] = lsgan_generator_loss([o.logits for o in of_fake])
         if "feature_matching" in weights:
             with torch.no_grad():
-                of_real = self.discriminator(gaussian_blur(real, sigma))
+                of_real = self.discriminator(blurred(real, blur))
             losses["feature_matching"] = feature_matching_loss(
                 [o.features for o in of_fake], [o.features for o in of_real]
             )
         return losses
 
-    def look(self, images: Tensor, draws: StepDraws, sigma: float) -> list[Tensor]:
+    def look(self, images: Tensor, draws: StepDraws, blur: Blur | None) -> list[Tensor]:
         """The images, blurred; nothing is drawn."""
-        return [gaussian_blur(images, sigma)]
+        return [blurred(images, blur)]
+
+
+def blurred(images: Tensor, blur: Blur | None) -> Tensor:
+    return images if blur is None else gaussian_blur(images, *blur)
 
 
 TERMS_OF = {"projected": ("adversarial",), "patch": ("patch_adversarial", "feature_matching")}

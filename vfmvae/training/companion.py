@@ -69,19 +69,19 @@ class Companion:
         return rate
 
     def backward(
-        self, output: StepOutput, draws: StepDraws, weight: float, scale: Tensor
+        self, output: StepOutput, draws: StepDraws, weight: float | Tensor | None, scale: Tensor
     ) -> dict[str, Tensor]:
         """Backward of one part's losses times `scale`, to the companion and to `output.leaf`; returns them.
 
         ValueError, in the first step that can tell, if its own loss depends on the latents' graph.
         """
-        latents = output.leaf if weight else output.leaf.detach()
+        latents = output.leaf.detach() if weight is None else output.leaf
         features = [layer.detach() for layer in output.features]  # with a trained encoder they have a graph
         found = self.model(latents, features, draws)
         if latents.requires_grad and not self._checked:
             self._check(found.own, latents)
-        # With weight 0 too: every parameter gets a gradient, which DDP waits for.
-        (scale * (weight * found.of_latents + found.own)).backward()
+        # Without a weight too: every parameter gets a gradient, which DDP waits for.
+        (scale * ((0.0 if weight is None else weight) * found.of_latents + found.own)).backward()
         return {self.name: found.of_latents, f"{self.name}_own": found.own}
 
     def _check(self, own: Tensor, latents: Tensor) -> None:

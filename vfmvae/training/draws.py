@@ -7,6 +7,7 @@ and a resumed run draws what it would have drawn: there is no generator state to
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,29 +40,40 @@ class StepDraws:
         self._rows = slice(first, first + count)
         self._total = total
         self._calls = 0
-        self._on_device = torch.Generator(device) if device.type == "cuda" else None
 
     def normal(self, shape_per_image: Sequence[int]) -> Tensor:
         """Standard normal numbers [count, *shape_per_image], float32, on the device."""
-        shape, philox = (self._total, *shape_per_image), self._next_call()
-        if self._on_device is not None:
-            generator = self._on_device.manual_seed(philox.random_raw())
-            return torch.randn(shape, generator=generator, device=self._device)[self._rows]
-        numbers = np.random.Generator(philox).standard_normal(shape, dtype=np.float32)
-        return torch.from_numpy(numbers)[self._rows].to(self._device)
+        return self._drawn("normal", (self._total, *shape_per_image))[self._rows]
 
     def uniform(self, shape_per_image: Sequence[int]) -> Tensor:
         """Uniform numbers in [0, 1), [count, *shape_per_image], float32, on the device."""
-        shape, philox = (self._total, *shape_per_image), self._next_call()
-        if self._on_device is not None:
-            generator = self._on_device.manual_seed(philox.random_raw())
-            return torch.rand(shape, generator=generator, device=self._device)[self._rows]
-        numbers = np.random.Generator(philox).random(shape, dtype=np.float32)
-        return torch.from_numpy(numbers)[self._rows].to(self._device)
+        return self._drawn("uniform", (self._total, *shape_per_image))[self._rows]
 
-    def shared(self, count: int) -> list[float]:
-        """Uniform numbers in [0, 1) for decisions about the whole batch: the same on every device."""
+    def uniform_of_batch(self, count: int) -> Tensor:
+        """Uniform numbers in [0, 1) that the whole batch shares, [count], float32, on the device."""
+        return self._drawn("uniform", (count,))
+
+    def decisions(self, count: int) -> list[float]:
+        """Uniform numbers in [0, 1) for what the shapes of a step's tensors depend on: plain numbers, the
+        same in every process and on every device.
+        """
         return np.random.Generator(self._next_call()).random(count).tolist()
+
+    def again(self, call: int, method: str, argument: Any) -> Tensor:
+        """What a method's call number `call` (0 for the first) on an object like this one gives."""
+        self._calls = call
+        return getattr(self, method)(argument)
+
+    def _drawn(self, law: Literal["normal", "uniform"], shape: tuple[int, ...]) -> Tensor:
+        philox = self._next_call()
+        if self._device.type == "cuda":
+            # Made here and not with the object: a generator cannot be made while a CUDA graph is captured.
+            generator = torch.Generator(self._device).manual_seed(philox.random_raw())
+            draw = torch.randn if law == "normal" else torch.rand
+            return draw(shape, generator=generator, device=self._device)
+        numpy = np.random.Generator(philox)
+        draw_on_host = numpy.standard_normal if law == "normal" else numpy.random
+        return torch.from_numpy(draw_on_host(shape, dtype=np.float32)).to(self._device)
 
     def _next_call(self) -> np.random.Philox:
         """A generator of its own for this call.
@@ -73,3 +85,46 @@ class StepDraws:
         counter = np.array([0, self._calls, self._stream, self._step], dtype=np.uint64)
         self._calls += 1
         return np.random.Philox(counter=counter, key=self._seed)
+
+
+class Draw(NamedTuple):
+    """One call on a `StepDraws`, and what it gave."""
+
+    method: str
+    argument: Any
+    numbers: Tensor
+
+
+class StandingDraws(StepDraws):
+    """Draws that stay where they were made first, for a step that is recorded and replayed.
+
+    The first object draws, those of later steps give the same tensors: `renew` fills them anew before.
+    """
+
+    def __init__(self, made: dict[int, Draw], *where: Any) -> None:
+        """`made`: by call, kept by who records the step; `where`: arguments of StepDraws."""
+        super().__init__(*where)
+        self._made = made
+
+    def normal(self, shape_per_image: Sequence[int]) -> Tensor:
+        return self._standing("normal", tuple(shape_per_image))
+
+    def uniform(self, shape_per_image: Sequence[int]) -> Tensor:
+        return self._standing("uniform", tuple(shape_per_image))
+
+    def uniform_of_batch(self, count: int) -> Tensor:
+        return self._standing("uniform_of_batch", count)
+
+    def _standing(self, method: str, argument: Any) -> Tensor:
+        call = self._calls
+        if call in self._made:
+            self._calls += 1
+        else:
+            self._made[call] = Draw(method, argument, getattr(super(), method)(argument))
+        return self._made[call].numbers
+
+
+def renew(made: dict[int, Draw], draws: StepDraws) -> None:
+    """Fill what a `StandingDraws` made with the numbers of another step."""
+    for call, draw in made.items():
+        draw.numbers.copy_(draws.again(call, draw.method, draw.argument))

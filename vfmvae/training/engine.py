@@ -7,7 +7,7 @@ from typing import Literal
 
 from vfmvae.serialization import check_fields
 
-Compile = Literal["off", "default", "cuda-graphs"]
+Compile = Literal["off", "default"]
 Parallel = Literal["ddp", "fsdp"]
 
 
@@ -28,8 +28,10 @@ class EngineConfig:
     recompute: bool = False
     """Keep only the input of each decoder block and compute the rest again in the backward pass."""
     compile: Compile = "off"
-    """torch.compile of encoder blocks and decoder blocks; "cuda-graphs" also records CUDA graphs, one set
-    per image size."""
+    """torch.compile of encoder blocks and decoder blocks."""
+    graphs: bool = False
+    """Record each kind of step as a CUDA graph when it comes for the second time, and replay it from then on:
+    one for each size and rotation of the equivariance regularisation. On one GPU."""
     parallel: Parallel = "ddp"
     """Several processes: a copy of the model in each (DDP), or encoder and decoder sharded (FSDP2)."""
     deterministic: bool = True
@@ -40,10 +42,10 @@ class EngineConfig:
         for name in ("accumulate", "adaptive_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.compile == "cuda-graphs" and self.parallel == "fsdp":
+        if self.graphs and self.parallel == "fsdp":
             raise ValueError(
-                "engine.compile 'cuda-graphs' records where weights lie, and engine.parallel 'fsdp' gathers"
-                " them anew each time; use engine.compile default or engine.parallel ddp"
+                "engine.graphs records where weights lie, and engine.parallel 'fsdp' gathers them anew each"
+                " time; use one of the two"
             )
         if self.clip_norm < 0:
             raise ValueError(f"engine.clip_norm is {self.clip_norm}; it must not be negative")

@@ -20,9 +20,12 @@ from vfmvae.losses.reconstruction import l1_loss, l2_loss, multiscale_l1_loss, s
 from vfmvae.tokenizer import DiscretePosterior, Posterior
 from vfmvae.training.forward import StepOutput
 
+Weights = Mapping[str, float | Tensor]
+"""Of the terms that are on, by name: numbers, or scalars on the device."""
+
 
 def image_losses(
-    images: Sequence[Tensor], targets: Tensor, weights: Mapping[str, float], perceptual: nn.Module | None
+    images: Sequence[Tensor], targets: Tensor, weights: Weights, perceptual: nn.Module | None
 ) -> dict[str, Tensor]:
     """The terms that compare with the target, unweighted scalars; those without a weight are left out.
 
@@ -44,7 +47,7 @@ def image_losses(
     return losses
 
 
-def latent_losses(output: StepOutput, weights: Mapping[str, float]) -> dict[str, Tensor]:
+def latent_losses(output: StepOutput, weights: Weights) -> dict[str, Tensor]:
     """The terms that the posterior gives by itself, unweighted scalars, and the distance from a snapshot."""
     losses = {}
     posterior = output.posterior
@@ -60,7 +63,7 @@ def latent_losses(output: StepOutput, weights: Mapping[str, float]) -> dict[str,
     return losses
 
 
-def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor | None:
+def weighted_sum(losses: Mapping[str, Tensor], weights: Weights) -> Tensor | None:
     """The sum of each loss times the weight of its name, a scalar; None without losses."""
     if not losses:
         return None

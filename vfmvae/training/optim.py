@@ -73,7 +73,7 @@ class Group(NamedTuple):
 ONE_GROUP: Mapping[nn.Parameter, Group] = {}
 
 
-def check_available(config: OptimizerConfig, device: torch.device) -> None:
+def check_available(config: OptimizerConfig, device: torch.device, capturable: bool = False) -> None:
     """ValueError where apex is asked for and cannot be used for parameters on `device`, with the reason."""
     if config.implementation != "apex":
         return
@@ -82,23 +82,32 @@ def check_available(config: OptimizerConfig, device: torch.device) -> None:
         raise _apex_refused("NVIDIA apex is not installed")
     if device.type != "cuda":
         raise _apex_refused("it needs parameters on a CUDA device")
+    if capturable:
+        raise _apex_refused("engine.graphs records updates, and apex counts them on the host")
 
 
 def build_optimizer(
     config: OptimizerConfig,
     parameters: Iterable[nn.Parameter],
     groups: Mapping[nn.Parameter, Group] = ONE_GROUP,
+    capturable: bool = False,
 ) -> torch.optim.Optimizer:
     """An optimizer of these parameters, at the highest rate of the schedule.
 
-    `groups`: of the parameters; those that are not in it are a group together. Raises ValueError where apex
-    is asked for and cannot be used, with the reason.
+    Args:
+        groups: of the parameters; those that are not in it are a group together.
+        capturable: updates can be recorded in a CUDA graph; the rates are tensors then.
+
+    Raises:
+        ValueError: apex is asked for and cannot be used, with the reason.
     """
     parameters = list(parameters)
     if config.implementation == "apex":
+        place = next((p.device for p in parameters if not p.is_cuda), torch.device("cuda"))
+        check_available(config, place, capturable)
         return _apex_adam(config, parameters, groups)
     adam = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
-    return adam(
+    optimizer = adam(
         _groups(config, parameters, groups),
         lr=config.learning_rate,
         betas=config.betas,
@@ -106,6 +115,11 @@ def build_optimizer(
         weight_decay=config.weight_decay,
         fused=True,
     )
+    if capturable:
+        for group in optimizer.param_groups:
+            rate = torch.tensor(group["lr"], device=group["params"][0].device)
+            group |= {"lr": rate, "capturable": True}
+    return optimizer
 
 
 def next_optimizer(
@@ -113,9 +127,10 @@ def next_optimizer(
     parameters: Sequence[nn.Parameter],
     earlier: torch.optim.Optimizer | None,
     groups: Mapping[nn.Parameter, Group] = ONE_GROUP,
+    capturable: bool = False,
 ) -> torch.optim.Optimizer:
     """As `build_optimizer`, with the moments that an earlier optimizer of the same class has."""
-    optimizer = build_optimizer(config, parameters, groups)
+    optimizer = build_optimizer(config, parameters, groups, capturable)
     if earlier is None or type(earlier) is not type(optimizer):
         return optimizer
     for parameter in parameters:
@@ -146,7 +161,6 @@ def _groups(
 def _apex_adam(
     config: OptimizerConfig, parameters: Sequence[nn.Parameter], groups: Mapping[nn.Parameter, Group]
 ) -> torch.optim.Optimizer:
-    check_available(config, next((p.device for p in parameters if not p.is_cuda), torch.device("cuda")))
     from apex.optimizers import FusedAdam
 
     try:
@@ -182,7 +196,11 @@ def learning_rate(config: OptimizerConfig, progress: float) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use `rate`, times the factor of its group, for every parameter from the next step on."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get(FACTOR, 1.0)
+        of_group = rate * group.get(FACTOR, 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(of_group)
+        else:
+            group["lr"] = of_group
 
 
 @torch.no_grad()

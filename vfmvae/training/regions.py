@@ -41,14 +41,10 @@ def decoder_blocks(tokenizer: Tokenizer) -> list[nn.Module]:
 
 
 def compile_blocks(blocks: Iterable[nn.Module], mode: Compile) -> None:
-    """Compile each block when it first runs, once for every shape it meets, with a graph and without.
-
-    "cuda-graphs" records a CUDA graph for each of these too, so each image size of the equivariance
-    regularisation gets its own; `begin_pass` goes before every step and every evaluation then.
-    """
+    """Compile each block when it first runs, once for every shape it meets, with a graph and without."""
     if mode != "off":
         for block in blocks:
-            block.compile(**_compile_options(mode))
+            block.compile(**_compile_options())
 
 
 def recompute_blocks(blocks: Iterable[nn.Module], mode: Compile) -> None:
@@ -56,28 +52,18 @@ def recompute_blocks(blocks: Iterable[nn.Module], mode: Compile) -> None:
     for block in blocks:
         # What runs twice is compiled, not what runs it twice: checkpoint() switches torch.compile off around
         # itself, and inside of a compiled graph it fails with operations of a project's own.
-        forward = block.forward if mode == "off" else torch.compile(block.forward, **_compile_options(mode))
+        forward = block.forward if mode == "off" else torch.compile(block.forward, **_compile_options())
         block.forward = functools.partial(  # type: ignore[method-assign]
             checkpoint, forward, use_reentrant=False, preserve_rng_state=False
         )
 
 
-def _compile_options(mode: Compile) -> dict[str, Any]:
+def _compile_options() -> dict[str, Any]:
     # The adaptive alignment weight goes backward through the same graph twice, and a backward pass that was
     # compiled in a step without it would have reused the memory of what that graph keeps.
     torch._functorch.config.donated_buffer = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
-    return {"dynamic": False, "mode": "reduce-overhead" if mode == "cuda-graphs" else None}
-
-
-def begin_pass(mode: Compile) -> None:
-    """Say that what compiled blocks returned before is not needed any more; their memory is written again.
-
-    From here on everything stays until the next call: the forward's results through the discriminators' step,
-    those of a second forward beside the first.
-    """
-    if mode == "cuda-graphs":
-        torch.compiler.cudagraph_mark_step_begin()
+    return {"dynamic": False}
 
 
 def shard(root: nn.Module, rows: Sequence[Sequence[nn.Module]], methods: Sequence[str] = ()) -> None:
