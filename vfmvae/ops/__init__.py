@@ -6,6 +6,7 @@ reference, or the name of one implementation (see `vfmvae.ops.dispatch`).
 
 from vfmvae.ops.alignment import vf_alignment_loss
 from vfmvae.ops.attention import attention
+from vfmvae.ops.batch_norm import local_batch_norm
 from vfmvae.ops.conv import depthwise_conv2d, pointwise_conv2d
 from vfmvae.ops.conv_norm import depthwise_group_norm
 from vfmvae.ops.convnext import modulated_convnext
@@ -32,6 +33,7 @@ __all__ = [
     "geglu",
     "group_norm",
     "input_gradients_only",
+    "local_batch_norm",
     "lpips_distance",
     "modulated_convnext",
     "modulated_mlp",
