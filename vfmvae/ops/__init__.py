@@ -11,7 +11,7 @@ from vfmvae.ops.conv import depthwise_conv2d, pointwise_conv2d
 from vfmvae.ops.conv_norm import depthwise_group_norm
 from vfmvae.ops.convnext import modulated_convnext
 from vfmvae.ops.dispatch import Fused
-from vfmvae.ops.fusion import NormedLinear, fusion_projection
+from vfmvae.ops.fusion import NormedLinear, fusion_projection, normed_geglu
 from vfmvae.ops.gated import geglu
 from vfmvae.ops.gradients import input_gradients_only
 from vfmvae.ops.mlp import modulated_mlp, modulated_to_rgb
@@ -38,6 +38,7 @@ __all__ = [
     "modulated_convnext",
     "modulated_mlp",
     "modulated_to_rgb",
+    "normed_geglu",
     "pointwise_conv2d",
     "ssim",
     "upsample_blur",

@@ -86,8 +86,12 @@ class GatedMLP(nn.Module):
         self.out = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor, fused: bool) -> Tensor:
-        x = _layer_norm(x, self.norm)
-        return _linear(ops.geglu(_linear(x, self.gate), _linear(x, self.value), fused=fused), self.out)
+        norm = self.norm
+        gate, value = (
+            ops.NormedLinear(norm.weight, norm.bias, layer.weight, layer.bias)
+            for layer in (self.gate, self.value)
+        )
+        return _linear(ops.normed_geglu(x, gate, value, norm.eps, fused=fused), self.out)
 
 
 class AttentionProjection(nn.Module):
