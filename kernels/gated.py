@@ -47,6 +47,7 @@ def _geglu_bwd_kernel(
     columns,
     gate_stride,
     value_stride,
+    grad_stride,  # of grad_gate and grad_value
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -60,8 +61,8 @@ def _geglu_bwd_kernel(
     grad_gate = grad * value * gelu_tanh_slope(gate, share, rest)
     grad_value = grad * gate * share
     element = grad_gate_ptr.dtype.element_ty
-    tl.store(grad_gate_ptr + row * columns + column, grad_gate.to(element), mask=inside)
-    tl.store(grad_value_ptr + row * columns + column, grad_value.to(element), mask=inside)
+    tl.store(grad_gate_ptr + row * grad_stride + column, grad_gate.to(element), mask=inside)
+    tl.store(grad_value_ptr + row * grad_stride + column, grad_value.to(element), mask=inside)
 
 
 def geglu_fwd(gate: Tensor, value: Tensor, out: Tensor) -> None:
@@ -77,7 +78,9 @@ def geglu_fwd(gate: Tensor, value: Tensor, out: Tensor) -> None:
 
 
 def geglu_bwd(grad: Tensor, gate: Tensor, value: Tensor, grad_gate: Tensor, grad_value: Tensor) -> None:
-    """Fills grad_gate, grad_value [..., C] (dense) from the gradient of the output [..., C]."""
+    """Fills grad_gate, grad_value [..., C] (dense, or halves of one dense tensor) from the gradient of the
+    output [..., C].
+    """
     if grad.numel() == 0:
         return
     grad, gate, value = grad.contiguous(), _as_rows(gate), _as_rows(value)
@@ -92,6 +95,7 @@ def geglu_bwd(grad: Tensor, gate: Tensor, value: Tensor, grad_gate: Tensor, grad
             *gate.shape,
             gate.stride(0),
             value.stride(0),
+            grad_gate.stride(-2) if grad_gate.ndim > 1 else grad_gate.numel(),
             HEIGHT=height,
             WIDTH=width,
         )

@@ -13,6 +13,7 @@ from vfmvae.config import TrainConfig
 from vfmvae.data import Request, load_batches, open_data
 from vfmvae.discriminators import PatchDiscriminator, ProjectedDiscriminator
 from vfmvae.discriminators.blur import Blur, blur_sigma, reach_of
+from vfmvae.discriminators.layers import LocalBatchNorm
 from vfmvae.encoders import build_encoder
 from vfmvae.losses.perceptual import LPIPS, VGG16, PerceptualNetwork, perceptual_network
 from vfmvae.losses.schedule import WeightSchedule
@@ -187,6 +188,9 @@ class Job:
             else:
                 game = PatchAdversary(PatchDiscriminator(dtype=dtype))
             game.to(self.device)
+            for module in game.modules():
+                if isinstance(module, LocalBatchNorm):
+                    module.fused = self.config.fused
             parameters = [p for p in game.parameters() if p.requires_grad]
             optimizer = build_optimizer(
                 stages[0].discriminator_optimizer, parameters, capturable=self.config.engine.graphs

@@ -40,8 +40,8 @@ def test_kernels_compile_for_hopper_without_spills(columns: int, element: str) -
     from vfmvae.kernels.common import matrix_tile
 
     height, width, _ = matrix_tile(4096, columns)
-    sizes = dict.fromkeys(("rows", "columns", "gate_stride", "value_stride"), "i32")
     for kernel in (gated._geglu_fwd_kernel, gated._geglu_bwd_kernel):
+        sizes = {name: "i32" for name in kernel.arg_names if name.endswith(("rows", "columns", "_stride"))}
         pointers = {name: element for name in kernel.arg_names if name.endswith("_ptr")}
         resources = compile_triton_for_hopper(kernel, pointers | sizes, {"HEIGHT": height, "WIDTH": width})
         assert resources.spilled == 0, resources

@@ -1,4 +1,4 @@
-"""What torch.compile and export see of the decoder on CUDA: one graph, of the fused operations.
+"""What torch.compile and export see on CUDA of the decoder and the fusion: one graph, of fused operations.
 
 Needs no GPU: tensors of this device without memory, and operations that believe it is there.
 """
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vfmvae.ops import mlp_triton, native
 from vfmvae.tokenizer import DecoderConfig
 from vfmvae.tokenizer.decoder import Decoder
+from vfmvae.tokenizer.fusion import FusionConfig, LatentFusion
 
 
 @pytest.fixture
@@ -46,9 +47,22 @@ def test_one_graph_of_the_fused_operations(dtype: torch.dtype) -> None:
     found = Counter(str(node.target).split(".")[1] for node in graph.nodes if "vfmvae." in str(node.target))
     layers = sum(config.num_layers(block) for block in range(6))
     assert found["depthwise_conv2d_with_statistics"] == layers
-    assert found["upsample_blur"] == 11
+    assert found["upsample_blur"] == 11 + 2  # without blur: in block 3's latent branch and in the first block
     assert found["modulated_to_rgb"] == 6
     assert found["group_norm_cuda"] >= layers
     # The last block has 4 channels: rows of 8 bytes, which the hardware that copies tiles does not take.
     narrow = sum(config.num_layers(block) for block in range(6) if config.channels(block) % 8)
     assert found["demodulated_mlp"] == (layers - narrow if dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_one_graph_of_the_latent_fusion(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, std: tensor)  # it reads numbers
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        fusion = LatentFusion(FusionConfig(layer_widths=(8, 8)), 32, 2, 16)
+        features = [torch.empty(2, 16, 32, dtype=dtype) for _ in range(2)]
+    graph = torch.export.export(fusion, (features, (2, 2)), strict=True).graph
+    found = Counter(str(node.target).split(".")[1] for node in graph.nodes if "vfmvae." in str(node.target))
+    assert found["normed_linears"] == 2 * 3 and found["geglu_halves"] == 3
+    assert not any("pixel_unshuffle" in str(node.target) for node in graph.nodes)

@@ -12,6 +12,7 @@ from vfmvae.tokenizer.fusion import (
     LatentProjection,
     map_to_tokens,
     tokens_to_map,
+    unshuffle_and_concatenate,
 )
 
 
@@ -73,6 +74,19 @@ def test_layers_are_unshuffled_channel_row_column_and_concatenated() -> None:
     first = torch.arange(16.0).view(1, 16, 1)  # a 4 x 4 grid of tokens, so a 2 x 2 latent
     out = fusion([first, 100 + first], (2, 2))
     assert out[0, :, 0, 1].tolist() == [2, 3, 6, 7, 102, 103, 106, 107]
+
+
+def test_unshuffling_and_concatenating_is_one_copy_of_pixel_unshuffle() -> None:
+    layers = [torch.randn(2, 6 * 9, c, requires_grad=True) for c in (5, 3)]
+    joint = unshuffle_and_concatenate(layers, (2, 3), 3)
+    maps = [F.pixel_unshuffle(tokens_to_map(tokens, (6, 9)), 3) for tokens in layers]
+    expected = torch.cat([map_to_tokens(m) for m in maps], dim=2)
+    assert joint.is_contiguous() and torch.equal(joint, expected)
+    grad = torch.randn_like(joint)
+    for found, truth in zip(*(torch.autograd.grad(t, layers, grad) for t in (joint, expected)), strict=True):
+        assert torch.equal(found, truth)
+    with pytest.raises(ValueError, match="54 tokens do not form a 3 x 9 map"):
+        unshuffle_and_concatenate(layers, (1, 3), 3)
 
 
 def test_initialisation_is_the_published_one() -> None:

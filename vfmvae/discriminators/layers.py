@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfmvae import ops
+
 GROUP_SIZE = 8
 SLOPE = 0.2
 
@@ -24,37 +26,19 @@ class LocalBatchNorm(nn.Module):
     """
 
     EPS = 1e-5
+    fused: bool = True
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, slope: float = 1.0) -> None:
+        """`slope`: of a leaky ReLU behind the affine; 1 for none."""
         super().__init__()
+        self.slope = slope
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, batches: int = 1) -> Tensor:
         """`batches`: so many equal batches one after another, which are not compared with each other."""
         groups = batches * group_count(len(x) // batches)
-        # [groups, images, C, positions]
-        grouped = x.reshape(groups, -1, x.shape[1], math.prod(x.shape[2:]))
-        # On a CPU torch's own sums less exactly: gradients are off by 1e-5.
-        y = self._by_torch(grouped) if x.is_cuda else self._by_hand(grouped)
-        return y.reshape(x.shape)
-
-    def _by_torch(self, grouped: Tensor) -> Tensor:
-        """One operation: channels of different groups are different channels to it."""
-        apart = grouped.transpose(0, 1)
-        weight, bias = self.weight.repeat(len(grouped)), self.bias.repeat(len(grouped))
-        # Not F.batch_norm, which refuses a single value per channel.
-        y = torch.batch_norm(apart.flatten(1, 2), weight, bias, None, None, True, 0.0, self.EPS, True)
-        return y.reshape(apart.shape).transpose(0, 1)
-
-    def _by_hand(self, grouped: Tensor) -> Tensor:
-        shape = (1, 1, -1, 1)
-        wide = grouped.to(torch.promote_types(grouped.dtype, torch.float32))
-        centred = wide - wide.mean(dim=(1, 3), keepdim=True)
-        # On a CPU torch.var_mean over these axes takes several times as long.
-        variance = centred.square().mean(dim=(1, 3), keepdim=True)
-        scale = self.weight.view(shape) * (variance + self.EPS).rsqrt()
-        return (centred * scale + self.bias.view(shape)).to(grouped.dtype)
+        return ops.local_batch_norm(x, groups, self.weight, self.bias, self.EPS, self.slope, fused=self.fused)
 
 
 def group_count(batch: int) -> int:

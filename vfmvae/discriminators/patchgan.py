@@ -89,7 +89,7 @@ class PatchLayer(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int, normalise: bool = False) -> None:
         super().__init__()
         self.conv = PatchConv(in_channels, out_channels, stride)
-        self.norm = LocalBatchNorm(out_channels) if normalise else nn.Identity()
+        self.norm = LocalBatchNorm(out_channels, SLOPE) if normalise else nn.LeakyReLU(SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(self.norm(self.conv(x)), SLOPE)
+        return self.norm(self.conv(x))

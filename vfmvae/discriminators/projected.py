@@ -216,10 +216,10 @@ class _Block(nn.Module):
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
         self.conv = SpectralConv1d(width, width, kernel)
-        self.norm = LocalBatchNorm(width)
+        self.norm = LocalBatchNorm(width, SLOPE)
 
     def forward(self, x: Tensor, batches: int) -> Tensor:
-        return F.leaky_relu(self.norm(self.conv(x), batches), SLOPE)
+        return self.norm(self.conv(x), batches)
 
 
 class _Condition(nn.Module):

@@ -6,11 +6,12 @@ reference, or the name of one implementation (see `vfmvae.ops.dispatch`).
 
 from vfmvae.ops.alignment import vf_alignment_loss
 from vfmvae.ops.attention import attention
+from vfmvae.ops.batch_norm import local_batch_norm
 from vfmvae.ops.conv import depthwise_conv2d, pointwise_conv2d
 from vfmvae.ops.conv_norm import depthwise_group_norm
 from vfmvae.ops.convnext import modulated_convnext
 from vfmvae.ops.dispatch import Fused
-from vfmvae.ops.fusion import NormedLinear, fusion_projection
+from vfmvae.ops.fusion import NormedLinear, fusion_projection, normed_geglu
 from vfmvae.ops.gated import geglu
 from vfmvae.ops.gradients import input_gradients_only
 from vfmvae.ops.mlp import modulated_mlp, modulated_to_rgb
@@ -32,10 +33,12 @@ __all__ = [
     "geglu",
     "group_norm",
     "input_gradients_only",
+    "local_batch_norm",
     "lpips_distance",
     "modulated_convnext",
     "modulated_mlp",
     "modulated_to_rgb",
+    "normed_geglu",
     "pointwise_conv2d",
     "ssim",
     "upsample_blur",

@@ -76,7 +76,38 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return _geglu_backward(grad, *ctx.saved_tensors)
 
 
+def _run_halves(both: Tensor) -> Tensor:
+    return _run(*both.chunk(2, dim=-1))
+
+
+def _halves_fake(both: Tensor) -> Tensor:
+    return _fake(*both.chunk(2, dim=-1))
+
+
+def _run_halves_backward(grad: Tensor, both: Tensor) -> Tensor:
+    from vfmvae.kernels.gated import geglu_bwd
+
+    grad_both = torch.empty(both.shape, dtype=both.dtype, device=both.device)
+    geglu_bwd(grad, *both.chunk(2, dim=-1), *grad_both.chunk(2, dim=-1))
+    return grad_both
+
+
+def _halves_backward_fake(grad: Tensor, both: Tensor) -> Tensor:
+    return torch.empty(both.shape, dtype=both.dtype, device=both.device)
+
+
+def _halves_backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    return (_geglu_halves_backward(grad, *ctx.saved_tensors),)
+
+
 _DEVICES = ("cpu", "cuda")
+_geglu_halves_backward = operation(
+    "geglu_halves_backward", _run_halves_backward, _halves_backward_fake, _DEVICES
+)
+geglu_halves = operation(
+    "geglu_halves", _run_halves, _halves_fake, _DEVICES, Autograd(_setup, _halves_backward)
+)
+"""[..., 2C], gate before value -> [..., C] by the kernels, whose gradient need not be put together."""
 _geglu_backward = operation("geglu_backward", _run_backward, _backward_fake, _DEVICES)
 _geglu_triton = operation("geglu", _run, _fake, _DEVICES, Autograd(_setup, _backward))
 

@@ -73,6 +73,8 @@ def feature_groups(channels: int) -> int:
 class LatentBranch(nn.Module):
     """Brings the latent map [B, Z, h, w] to a block's input size [B, C, h/s, w/s] with s = `shrink`."""
 
+    fused: bool = True
+
     def __init__(self, z_channels: int, channels: int, shrink: float, activation: ops.Activation) -> None:
         super().__init__()
         self.unshuffle = int(shrink) if shrink > 1 else 1
@@ -88,7 +90,10 @@ class LatentBranch(nn.Module):
     def forward(self, z_map: Tensor) -> Tensor:
         x = F.pixel_unshuffle(z_map, self.unshuffle) if self.unshuffle > 1 else z_map
         x = self.norm(self.mix(self.depthwise(x)))
-        x = F.pixel_shuffle(x, self.shuffle) if self.shuffle > 1 else x
+        if self.shuffle == 2:
+            x = ops.upsample_blur(x, 1, 2, fused=self.fused)  # no blur: a shuffle that stays channels-last
+        elif self.shuffle > 1:
+            x = F.pixel_shuffle(x, self.shuffle)
         return self.out_norm(self.out(x))
 
 
@@ -110,7 +115,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """`residual` [B, D, 2H, 2W] is added to the result."""
         if self.norm_after:
-            x = self.norm(F.pixel_shuffle(self.pointwise(self.depthwise(x)), 2))
+            x = self.norm(ops.upsample_blur(self.pointwise(self.depthwise(x)), 1, 2, fused=self.fused))
             return ops.upsample_blur(x, self.blur, 1, residual, fused=self.fused)
         x = self.pointwise(self.depthwise(self.norm(x)))
         return ops.upsample_blur(x, self.blur, 2, residual, fused=self.fused)

@@ -86,8 +86,12 @@ class GatedMLP(nn.Module):
         self.out = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor, fused: bool) -> Tensor:
-        x = _layer_norm(x, self.norm)
-        return _linear(ops.geglu(_linear(x, self.gate), _linear(x, self.value), fused=fused), self.out)
+        norm = self.norm
+        gate, value = (
+            ops.NormedLinear(norm.weight, norm.bias, layer.weight, layer.bias)
+            for layer in (self.gate, self.value)
+        )
+        return _linear(ops.normed_geglu(x, gate, value, norm.eps, fused=fused), self.out)
 
 
 class AttentionProjection(nn.Module):
@@ -171,15 +175,27 @@ class LatentFusion(nn.Module):
 
     def forward(self, features: Sequence[Tensor], latent_size: tuple[int, int]) -> Tensor:
         """features: one [B, N, C] per layer, N = r*h * r*w -> [B, out_channels, h, w]."""
-        height, width = latent_size
-        grid = (height * self.ratio, width * self.ratio)
         if len(features) != len(self.layers):
             raise ValueError(f"{len(features)} feature maps were given, {len(self.layers)} are fused")
-        unshuffled = []
-        for project, tokens in zip(self.layers, features, strict=True):
-            fmap = tokens_to_map(project(tokens), grid)  # [B, c, r*h, r*w]
-            unshuffled.append(map_to_tokens(F.pixel_unshuffle(fmap, self.ratio)))  # [B, n, c*r*r]
-        return tokens_to_map(self.final(torch.cat(unshuffled, dim=2)), latent_size)
+        projected = [project(tokens) for project, tokens in zip(self.layers, features, strict=True)]
+        joint = unshuffle_and_concatenate(projected, latent_size, self.ratio)
+        return tokens_to_map(self.final(joint), latent_size)
+
+
+def unshuffle_and_concatenate(layers: Sequence[Tensor], size: tuple[int, int], ratio: int) -> Tensor:
+    """Per layer [B, r*h * r*w, c] -> [B, h*w, sum of c*r*r], each channel's r x r tokens side by side.
+
+    Pixel-unshuffle is a view of six dimensions, so the concatenation is the only copy; gradients are views.
+    """
+    height, width = size
+    views = []
+    for tokens in layers:
+        batch, length, channels = tokens.shape
+        if length != height * width * ratio**2:
+            raise ValueError(f"{length} tokens do not form a {height * ratio} x {width * ratio} map")
+        cells = tokens.view(batch, height, ratio, width, ratio, channels)
+        views.append(cells.permute(0, 1, 3, 5, 2, 4))  # [B, h, w, c, r, r]
+    return torch.cat(views, dim=3).flatten(3).flatten(1, 2)
 
 
 def tokens_to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
