@@ -134,8 +134,7 @@ def forward(
     """
     draws = job.draws(part.first, stream)
     change = draw_equivariance(job.stage.equivariance, draws.shared(EQUIVARIANCE_UNIFORMS))
-    side = round(part.images.shape[-1] * change.image_scale) // job.tokenizer.config.downsample
-    noise = draws.normal((job.tokenizer.config.latent_channels, side, side))
+    noise = draws.seed()
     snapshot = job.snapshot if "preservation" in weights else None
     share = share_of_part(part.number, part.parts) if average else 0.0
     with job.tokenizer.style.averaging(share):

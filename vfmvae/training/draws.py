@@ -59,6 +59,18 @@ class StepDraws:
         numbers = np.random.Generator(philox).random(shape, dtype=np.float32)
         return torch.from_numpy(numbers)[self._rows].to(self._device)
 
+    def seed(self) -> Tensor:
+        """Of noise that is made where it is used (`vfmvae.ops.noise`): int64 [2] on the device.
+
+        A random number, the same on every device, and the place of the first image, so that an image gets
+        the same noise in every batch and part.
+        """
+        number = int(self._next_call().random_raw())
+        seed = torch.empty(2, dtype=torch.int64, device=self._device)
+        seed[0].fill_(number - (number >> 63 << 64))  # the same 64 bits with a sign
+        seed[1].fill_(self._rows.start)
+        return seed
+
     def shared(self, count: int) -> list[float]:
         """Uniform numbers in [0, 1) for decisions about the whole batch: the same on every device."""
         return np.random.Generator(self._next_call()).random(count).tolist()
