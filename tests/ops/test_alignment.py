@@ -152,6 +152,8 @@ def test_registered_operation() -> None:
         operation = torch.ops.vfmvae.vf_alignment_gemm.default
         torch.library.opcheck(operation, (p.requires_grad_(), t, *numbers, True))
         torch.library.opcheck(operation, (p.detach(), t, *numbers, False))
+        backward = torch.ops.vfmvae.vf_alignment_backward.default
+        torch.library.opcheck(backward, (torch.tensor(2.0), torch.randn(2, 9, 4), dtype))
 
 
 def peak_bytes(count: int, fused: bool | str) -> int:

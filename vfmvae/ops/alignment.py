@@ -154,12 +154,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.dtype = inputs[0].dtype
 
 
+def _run_backward(grad: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scaled and rounded in one pass."""
+    return torch.mul(gradient, grad, out=_backward_fake(grad, gradient, dtype))
+
+
+def _backward_fake(grad: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+
+
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return ((grad * gradient).to(ctx.dtype), *[None] * 6)
+    return (_alignment_backward(grad, *ctx.saved_tensors, ctx.dtype), *[None] * 6)
 
 
 _DEVICES = ("cpu", "cuda")
+_alignment_backward = operation("vf_alignment_backward", _run_backward, _backward_fake, _DEVICES)
 _AUTOGRAD = Autograd(_setup, _backward)
 _alignment_gemm = operation("vf_alignment_gemm", _run_gemm, _fake, _DEVICES, _AUTOGRAD)
 _alignment_triton = operation("vf_alignment_triton", _run_triton, _fake, _DEVICES, _AUTOGRAD)
