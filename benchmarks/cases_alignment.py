@@ -39,8 +39,9 @@ def vf_alignment_loss(shape: Shape, dtype: torch.dtype, device: torch.device) ->
         return function(prediction, target, fused=fused)
 
     batch, count, width = shape
-    work = flops(4.0 * batch * count * count * width, inputs=0, backward=0)
-    return Case(loss, [prediction], 1, work, "matrix")
+    scaled = 1 / (4 * count)  # in the backward pass, which reads the gradient that the forward made
+    work = flops(4.0 * batch * count * count * width, inputs=scaled, backward=scaled)
+    return Case(loss, [prediction], 1, work, "matrix", reads=(0,))
 
 
 def gaussian_posterior(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
