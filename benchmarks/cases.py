@@ -6,6 +6,7 @@ import math
 from functools import partial
 
 import cases_fusion
+import cases_alignment
 import torch
 from case import Case, Operation, Shape, activations, flops
 from torch import Tensor
@@ -119,4 +120,5 @@ OPERATIONS = {
     "modulated_to_rgb": Operation(_MODULATED_TO_RGB, modulated_to_rgb, BLOCKS),
     "geglu": Operation(_GEGLU, geglu, TOKENS),
     **cases_fusion.OPERATIONS,
+    **cases_alignment.OPERATIONS,
 }

@@ -108,7 +108,7 @@ class PublishedStep:
         features = tokenizer.encoder(images).layers
         posterior = tokenizer.fuse(features, (side, side))
         assert isinstance(posterior, Posterior)
-        latents = posterior.sample(draws.normal((tokenizer.config.latent_channels, side, side)))
+        latents = posterior.sample(draws.seed())
         return self.decode(tokenizer, latents), posterior, tokenizer.alignment_loss(latents, features)
 
     def decode(self, tokenizer: Tokenizer, latents: Tensor, multiscale: bool = True) -> list[Tensor]:

@@ -26,8 +26,10 @@ def losses_of_fifty_steps(device: str, dtype: Literal["fp32", "bf16"], fused: bo
 @pytest.mark.parametrize("device", DEVICES)
 def test_fifty_steps_of_the_demo_end_at_the_same_loss(device: str) -> None:
     reference, fused = (losses_of_fifty_steps(device, "fp32", fused) for fused in (False, True))
-    # Single losses drift apart by up to 0.7 %, to both sides.
-    assert sum(fused[-10:]) == pytest.approx(sum(reference[-10:]), rel=0.01)
+    # Roundings grow tenfold in eight steps: apart by 1e-7 at first, 1e-4 after 20 steps, 3 % after 50, to
+    # both sides, whichever operations are fused.
+    assert fused[:20] == pytest.approx(reference[:20], rel=5e-3)
+    assert sum(fused[-10:]) == pytest.approx(sum(reference[-10:]), rel=0.05)
 
 
 @pytest.mark.gpu

@@ -83,7 +83,7 @@ def test_cut_gradients_are_those_of_the_whole_loss(losses: LossWeights) -> None:
     for name, gradient in expected.items():
         assert found[name] is not None, name
         torch.testing.assert_close(
-            found[name], gradient, rtol=2e-4, atol=2e-6 * gradient.norm().item() + 1e-9, msg=name
+            found[name], gradient, rtol=2e-4, atol=1e-5 * gradient.norm().item() + 1e-9, msg=name
         )
 
 

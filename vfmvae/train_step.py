@@ -144,8 +144,7 @@ def forward(job: Job, part: Part, weights: Weights, stream: int, average: bool =
     """
     draws = job.draws(part.first, stream)
     change = drawn_equivariance(job, draws)
-    side = round(part.images.shape[-1] * change.image_scale) // job.tokenizer.config.downsample
-    noise = draws.normal((job.tokenizer.config.latent_channels, side, side))
+    noise = draws.seed()
     snapshot = job.snapshot if "preservation" in weights else None
     share = share_of_part(part.number, part.parts) if average else 0.0
     with job.tokenizer.style.averaging(share):

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vfmvae import ops
+from vfmvae.ops.noise import seeded_normal
 from vfmvae.tokenizer.bottleneck import BottleneckConfig, DiscreteBottleneck, Posterior
 
 
@@ -22,6 +24,46 @@ def test_posterior_samples_with_noise_generator_or_mode() -> None:
     torch.testing.assert_close(posterior.kl(), expected)
     with pytest.raises(ValueError, match="noise has shape"):
         posterior.sample(noise[:1])
+
+
+def test_sample_and_divergence_come_from_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, whole = [], ops.gaussian_posterior
+    monkeypatch.setattr(ops, "gaussian_posterior", lambda *a, **k: calls.append(1) or whole(*a, **k))
+    moments = 3 * torch.randn(2, 6, 4, 4)
+    moments[0, 3, 0, :2] = torch.tensor([-40.0, 40.0])
+    moments.requires_grad_()
+    noise, weight = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    posterior = Posterior(moments)
+    latents, kl = posterior.sample(noise), posterior.kl()
+    assert len(calls) == 1
+    (gradient,) = torch.autograd.grad((latents * weight).sum() + 0.1 * kl.sum(), moments)
+    mean, logvar = moments.double().chunk(2, dim=1)
+    logvar = logvar.clamp(-30, 20)
+    expected = mean + (0.5 * logvar).exp() * noise, 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3))
+    torch.testing.assert_close((latents.double(), kl.double()), expected, rtol=1e-5, atol=1e-5)
+    (truth,) = torch.autograd.grad((expected[0] * weight).sum() + 0.1 * expected[1].sum(), moments)
+    torch.testing.assert_close(gradient, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_divergence_has_a_graph_although_the_sample_had_none() -> None:
+    moments = torch.randn(2, 6, 4, 4, requires_grad=True)
+    posterior = Posterior(moments)
+    with torch.no_grad():
+        posterior.sample()
+        assert not posterior.kl().requires_grad
+    (gradient,) = torch.autograd.grad(posterior.kl().sum(), moments)
+    torch.testing.assert_close(gradient[:, :3], moments[:, :3])
+    torch.testing.assert_close(gradient[:, 3:], 0.5 * (moments[:, 3:].exp() - 1))
+    alone = Posterior(moments)  # nothing is sampled
+    assert torch.equal(alone.kl(), posterior.kl()) and alone.kl() is alone.kl()
+
+
+def test_a_sample_with_a_seed_is_one_with_its_noise() -> None:
+    posterior, seed = Posterior(torch.randn(2, 6, 4, 4)), torch.tensor([7, 3])
+    noise = seeded_normal(seed, (2, 3, 4, 4))
+    torch.testing.assert_close(posterior.sample(seed), posterior.mean + posterior.std * noise)
+    with pytest.raises(ValueError, match="noise has shape"):
+        posterior.sample(torch.tensor([7]))
 
 
 def discrete(beta: float = 0.25) -> DiscreteBottleneck:

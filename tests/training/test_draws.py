@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vfmvae.ops.noise import seeded_normal
 from vfmvae.training.draws import StepDraws
 
 DEVICES = [
@@ -114,6 +115,35 @@ def test_shared_numbers_are_plain_floats_and_the_same_on_every_device(device: to
     assert step_draws(device=device).decisions(1000) == numbers
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_seed_is_the_same_on_every_device_and_holds_the_place(device: torch.device) -> None:
+    whole = step_draws(device=device).seed()
+    assert whole.device.type == device.type and whole.dtype == torch.int64 and whole.shape == (2,)
+    assert torch.equal(whole.cpu(), step_draws().seed()) and whole[1] == 0
+    part = step_draws(first=3, count=2, device=device).seed()
+    assert part[0] == whole[0] and part[1] == 3
+    numbers = [
+        step_draws(seed, step, stream, device=device).seed()[0].item()
+        for seed in (0, 1, 2**63)
+        for step in range(40)
+        for stream in (0, 1)
+    ]
+    draws = step_draws(device=device)
+    numbers += [draws.seed()[0].item() for _ in range(3)]
+    assert len(set(numbers)) == len(numbers)
+    assert min(numbers) < -(2**62) and max(numbers) > 2**62  # all 64 bits
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_parts_of_a_batch_have_the_noise_of_the_whole(device: torch.device) -> None:
+    whole = seeded_normal(step_draws(device=device).seed(), (8, 4, 3, 3))
+    parts = [
+        seeded_normal(step_draws(first=f, count=c, device=device).seed(), (c, 4, 3, 3))
+        for f, c in ((0, 2), (2, 5), (7, 1))
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
 def test_dtype_and_shape() -> None:
     draws = step_draws(first=2, count=3)
     assert draws.normal((4, 2)).shape == (3, 4, 2) and draws.normal(()).dtype == torch.float32
@@ -127,6 +157,7 @@ def test_drawing_on_a_gpu_does_not_wait_for_it() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         all_kinds(step_draws(device=device))
+        step_draws(device=device).seed()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

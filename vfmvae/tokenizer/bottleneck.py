@@ -53,9 +53,13 @@ class Posterior:
 
     def __init__(self, moments: Tensor, fused: ops.Fused = True) -> None:
         """moments: [B, 2z, h, w], the means and then the log variances."""
-        self.mean, logvar = moments.chunk(2, dim=1)
-        self.logvar = logvar.clamp(*LOGVAR_RANGE)
+        self.mean, self._logvar = moments.chunk(2, dim=1)
         self._fused = fused
+        self._kl: Tensor | None = None
+
+    @property
+    def logvar(self) -> Tensor:
+        return self._logvar.clamp(*LOGVAR_RANGE)
 
     @property
     def moments(self) -> Tensor:
@@ -73,25 +77,31 @@ class Posterior:
     def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
         """mean + std * noise, [B, z, h, w]; standard normal noise is drawn where none is given.
 
-        A generator draws on its own device: one of the CPU gives the same noise to latents on any device.
+        Args:
+            noise: [B, z, h, w], or the seed of noise, int64 [2] (see `ops.gaussian_posterior`).
+            generator: draws on its own device: one of the CPU gives the same noise to latents on any device.
         """
         if noise is None:
             device = self.mean.device if generator is None else generator.device
             noise = torch.randn(self.mean.shape, dtype=self.mean.dtype, device=device, generator=generator)
             noise = noise.to(self.mean.device)
-        elif noise.shape != self.mean.shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, needed is {tuple(self.mean.shape)}")
-        return ops.gaussian_posterior(self.mean, self.logvar, noise, fused=self._fused)[0]
+        latents, self._kl = ops.gaussian_posterior(self.mean, self._logvar, noise, fused=self._fused)
+        return latents
 
     def mode(self) -> Tensor:
         """The mean."""
         return self.mean
 
     def kl(self) -> Tensor:
-        """0.5 * sum(mean^2 + var - 1 - logvar) of each sample, [B]."""
-        return ops.gaussian_posterior(self.mean, self.logvar, torch.zeros_like(self.mean), fused=self._fused)[
-            1
-        ]
+        """0.5 * sum(mean^2 + var - 1 - logvar) of each sample, [B].
+
+        Of the pass that gave the last sample, where there was one: both share a graph then.
+        """
+        wanted = torch.is_grad_enabled() and self.mean.requires_grad
+        if self._kl is None or (wanted and not self._kl.requires_grad):
+            self.sample(torch.zeros_like(self.mean))
+        assert self._kl is not None
+        return self._kl
 
 
 class DiscretePosterior:

@@ -53,16 +53,28 @@ class StepDraws:
         """Uniform numbers in [0, 1) that the whole batch shares, [count], float32, on the device."""
         return self._drawn("uniform", (count,))
 
+    def seed(self) -> Tensor:
+        """Of noise that is made where it is used (`vfmvae.ops.noise`): int64 [2] on the device.
+
+        A random number, the same on every device, and the place of the first image, so that an image gets
+        the same noise in every batch and part.
+        """
+        number = int(self._next_call().random_raw())
+        seed = torch.empty(2, dtype=torch.int64, device=self._device)
+        seed[0].fill_(number - (number >> 63 << 64))  # the same 64 bits with a sign
+        seed[1].fill_(self._rows.start)
+        return seed
+
     def decisions(self, count: int) -> list[float]:
         """Uniform numbers in [0, 1) for what the shapes of a step's tensors depend on: plain numbers, the
         same in every process and on every device.
         """
         return np.random.Generator(self._next_call()).random(count).tolist()
 
-    def again(self, call: int, method: str, argument: Any) -> Tensor:
+    def again(self, call: int, method: str, arguments: tuple[Any, ...]) -> Tensor:
         """What a method's call number `call` (0 for the first) on an object like this one gives."""
         self._calls = call
-        return getattr(self, method)(argument)
+        return getattr(self, method)(*arguments)
 
     def _drawn(self, law: Literal["normal", "uniform"], shape: tuple[int, ...]) -> Tensor:
         philox = self._next_call()
@@ -91,7 +103,7 @@ class Draw(NamedTuple):
     """One call on a `StepDraws`, and what it gave."""
 
     method: str
-    argument: Any
+    arguments: tuple[Any, ...]
     numbers: Tensor
 
 
@@ -115,16 +127,19 @@ class StandingDraws(StepDraws):
     def uniform_of_batch(self, count: int) -> Tensor:
         return self._standing("uniform_of_batch", count)
 
-    def _standing(self, method: str, argument: Any) -> Tensor:
+    def seed(self) -> Tensor:
+        return self._standing("seed")
+
+    def _standing(self, method: str, *arguments: Any) -> Tensor:
         call = self._calls
         if call in self._made:
             self._calls += 1
         else:
-            self._made[call] = Draw(method, argument, getattr(super(), method)(argument))
+            self._made[call] = Draw(method, arguments, getattr(super(), method)(*arguments))
         return self._made[call].numbers
 
 
 def renew(made: dict[int, Draw], draws: StepDraws) -> None:
     """Fill what a `StandingDraws` made with the numbers of another step."""
     for call, draw in made.items():
-        draw.numbers.copy_(draws.again(call, draw.method, draw.argument))
+        draw.numbers.copy_(draws.again(call, draw.method, draw.arguments))

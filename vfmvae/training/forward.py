@@ -74,8 +74,9 @@ class TrainingForward(nn.Module):
     ) -> StepOutput:
         """Args:
         images: [B, 3, H, W] in [-1, 1].
-        noise: standard normal, [B, z, h, w] of the latents that these images get (smaller where
-            `equivariance` shrinks the images); a discrete bottleneck needs none.
+        noise: the seed of standard normal noise, int64 [2] (`StepDraws.seed`), or the noise itself,
+            [B, z, h, w] of the latents that these images get (smaller where `equivariance` shrinks them);
+            a discrete bottleneck needs none.
         align: compute the alignment loss.
         snapshot: compute the distance from its latents.
         """
