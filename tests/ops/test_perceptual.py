@@ -6,6 +6,7 @@ import torch
 from skimage.data import astronaut
 from skimage.metrics import structural_similarity
 
+from tests.helpers import compile_triton_for_hopper, run_python
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
 
@@ -100,3 +101,50 @@ def test_lpips_distance_names_what_does_not_fit() -> None:
         ops.lpips_distance(a, a, torch.ones(3))
     with pytest.raises(ValueError, match=r"must be \[B, C, H, W\]"):
         ops.lpips_distance(a[0], a[0])
+
+
+def test_lpips_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_python(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/check_lpips.py"),
+        env={"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+# Not marked gpu: benchmarks/gpu_suite.py runs the checks themselves.
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_lpips_kernels_on_the_gpu() -> None:
+    run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/check_lpips.py")
+
+
+@pytest.mark.parametrize("element", ["*bf16", "*fp32"])
+@pytest.mark.parametrize("channels", [64, 128, 256, 512, 1024, 4096])
+def test_lpips_kernels_compile_for_hopper_without_spills(channels: int, element: str) -> None:
+    pytest.importorskip("triton")
+    from vfmvae.kernels import lpips
+
+    rows, width, _ = lpips.lpips_tile(torch.empty(1, 65536, channels, device="meta"))
+    constants = {"WEIGHTED": True, "ROWS": rows, "WIDTH": width}
+    float32 = {"weights_ptr": "*fp32", "partials_ptr": "*fp32", "grad_ptr": "*fp32", "scale": "fp32"}
+    for kernel in (lpips._lpips_fwd_kernel, lpips._lpips_bwd_kernel):
+        others = {name: element if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+        signature = {name: float32.get(name, kind) for name, kind in others.items() if name not in constants}
+        resources = compile_triton_for_hopper(kernel, signature, constants)
+        assert resources.spilled == 0, resources
+        assert resources.shared <= 8192, resources
+        assert resources.registers <= 128, resources
+
+
+def test_lpips_implementations_say_why_they_are_not_taken() -> None:
+    a = torch.randn(2, 8, 3, 3)
+    weights = torch.rand(8, requires_grad=True)
+    with pytest.raises(ValueError, match="no gradient of weights"):
+        ops.lpips_distance(a, a, weights, fused="triton")
+    with pytest.raises(ValueError, match="not torch.float64"):
+        ops.lpips_distance(a, a.double(), fused="triton")
+    with pytest.raises(ValueError, match=r"\[2, 8, 0, 3\] have no channels or no positions"):
+        ops.lpips_distance(a[:, :, :0], a[:, :, :0], fused="triton")
+    with pytest.raises(ValueError, match="at most 4096 channels, not 4097"):
+        ops.lpips_distance(*torch.zeros(2, 1, 4097, 1, 1), fused="triton")
+    with pytest.raises(ValueError, match="triton.*(on cpu|not installed)"):
+        ops.lpips_distance(a, a, fused="triton")

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfmvae.ops.dispatch import Fused, Op
+from vfmvae.ops import lpips_compiled
+from vfmvae.ops.dispatch import Fused, Implementation, Op
 
 WINDOW, SIGMA = 11, 1.5
 UNIT_EPSILON = 1e-10  # added to the length of a feature vector, where LPIPS v0.1 adds it
@@ -98,4 +99,8 @@ def _unit(x: Tensor) -> Tensor:
     return x * torch.where(length > 0, 1.0 / (length + UNIT_EPSILON), 0.0)
 
 
-_LPIPS_DISTANCE = Op("lpips_distance", lpips_distance_reference)
+_LPIPS_DISTANCE = Op(
+    "lpips_distance",
+    lpips_distance_reference,
+    (Implementation("triton", lpips_compiled.lpips_distance_triton, lpips_compiled.why_not_triton),),
+)
