@@ -110,7 +110,7 @@ def _lpips_bwd_kernel(
 
 
 def lpips_fwd(a: Tensor, b: Tensor, weights: Tensor | None) -> Tensor:
-    """[B, tiles] float32 whose rows sum up to the distances of a, b [B, P, C]; weights [C] float32 or None."""
+    """[B, tiles] float32 whose rows sum up to the distances of a, b [B, P, C]; weights [C] float32."""
     (samples, positions, channels), (rows, width, tiles) = a.shape, lpips_tile(a)
     partials = torch.empty((samples, tiles), dtype=torch.float32, device=a.device)
     if samples == 0:

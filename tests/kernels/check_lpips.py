@@ -1,7 +1,7 @@
 """The kernels of kernels/lpips.py against float64, on a GPU or in Triton's interpreter.
 
-tests/ops/test_perceptual.py runs this file in a process of its own, because Triton chooses the interpreter when
-it is first imported. By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/check_lpips.py
+tests/ops/test_perceptual.py runs this file in a process of its own, because Triton chooses the interpreter
+when it is first imported. By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/check_lpips.py
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, weighted: bool) -> None:
     weights = torch.rand(shape[1], device=DEVICE) if weighted else None
     kernel = run(inputs, weights, grad, "triton")
     eager = run(inputs, weights, grad, False)
-    truth = run(inputs, weights, grad, False, torch.float64)
+    truth = run([x.double() for x in inputs], weights, grad, False)
     for what, *results in zip(("distance", "grad of a", "grad of b"), kernel, eager, truth, strict=True):
         assert_kernel_close(*results, what)
     assert (kernel[1][0, :, 0, 0] == 0).all() and (kernel[2][-1, :, -1, -1] == 0).all()
