@@ -3,6 +3,9 @@
 A position's features are a row: maps are [B, P, C] whose channels are dense, with P positions that may be
 strided. float16, bfloat16 or float32, each map in its own dtype; arithmetic in float32. A program takes a few
 rows of one sample and leaves one partial sum, so that results do not depend on the order of programs.
+
+The kernels are compiled without contraction to multiply-adds, which do not round the first product:
+a * s - b * t of equal vectors would not be 0.
 """
 
 from __future__ import annotations
@@ -130,6 +133,7 @@ def lpips_fwd(a: Tensor, b: Tensor, weights: Tensor | None) -> Tensor:
             WEIGHTED=weights is not None,
             ROWS=rows,
             WIDTH=width,
+            enable_fp_fusion=False,
         )
     return partials
 
@@ -156,6 +160,7 @@ def lpips_bwd(grad: Tensor, x: Tensor, other: Tensor, weights: Tensor | None, gr
             WEIGHTED=weights is not None,
             ROWS=rows,
             WIDTH=width,
+            enable_fp_fusion=False,
         )
 
 

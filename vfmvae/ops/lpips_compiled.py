@@ -29,6 +29,8 @@ def why_not_triton(a: Tensor, b: Tensor, weights: Tensor | None) -> str | None:
 
 
 def why_not_cpu(a: Tensor, b: Tensor, weights: Tensor | None) -> str | None:
+    if a.dtype != b.dtype:
+        return f"it takes maps of one dtype, not {a.dtype} and {b.dtype}"
     return _why_not("cpu", a, b, weights) or native.why_no_cpu_code(a)
 
 
@@ -83,6 +85,37 @@ def _gradient_triton(grad: Tensor, x: Tensor, other: Tensor, weights: Tensor | N
     return grad_x
 
 
+def _run_cpu(a: Tensor, b: Tensor, weights: Tensor | None) -> Tensor:
+    out = _fake(a, b, weights)
+    a, b, weights = _as_rows(a), _as_rows(b), _as_weights(weights)  # copies must live as long as the call
+    native.extension().lpips_cpu(**_arguments(a, b, weights, out))
+    return out
+
+
+def _gradient_cpu(grad: Tensor, x: Tensor, other: Tensor, weights: Tensor | None) -> Tensor:
+    grad_x, grad = _gradient_fake(grad, x, other, weights), grad.float().contiguous()
+    x, other, weights = _as_rows(x), _as_rows(other), _as_weights(weights)
+    native.extension().lpips_gradient_cpu(grad=grad.data_ptr(), **_arguments(x, other, weights, grad_x))
+    return grad_x
+
+
+def _arguments(a: Tensor, b: Tensor, weights: Tensor | None, out: Tensor) -> dict[str, Any]:
+    batch, positions, channels = a.shape
+    return {
+        "a": a.data_ptr(),
+        "b": b.data_ptr(),
+        "weights": 0 if weights is None else weights.data_ptr(),
+        "out": out.data_ptr(),
+        "a_strides": a.stride()[:2],
+        "b_strides": b.stride()[:2],
+        "dtype": str(a.dtype).removeprefix("torch."),
+        "batch": batch,
+        "positions": positions,
+        "channels": channels,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -103,3 +136,5 @@ _lpips_triton_gradient = operation(
 lpips_distance_triton = operation(
     "lpips_distance_triton", _run_triton, _fake, ("cpu", "cuda"), _autograd(_lpips_triton_gradient)
 )
+_lpips_cpu_gradient = operation("lpips_distance_cpu_gradient", _gradient_cpu, _gradient_fake, "cpu")
+lpips_distance_cpu = operation("lpips_distance_cpu", _run_cpu, _fake, "cpu", _autograd(_lpips_cpu_gradient))
