@@ -4,9 +4,9 @@
     python benchmarks/lpips.py --threads 1 --dtype bf16   worth it where the processor multiplies bfloat16
 
 The plain form is the published one: float32, NCHW memory, the distance by separate operations. Ours computes
-in channels-last memory and the given dtype, with the fused distance. Both keep no graph of the target, and both
-get the same random weights, on which the time does not depend. The two take turns; the ratio is a median over
-turns.
+in channels-last memory and the given dtype, with the fused distance. Both keep no graph of the target, and
+both get the same random weights, on which the time does not depend. The two take turns; the ratio is a median
+over turns.
 """
 
 from __future__ import annotations
@@ -84,10 +84,9 @@ def read_options() -> argparse.Namespace:
 
 def shares(step: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Share of each kind of work in the time of one step's operations."""
-    activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(
-        activities=[activity.CPU, activity.CUDA][: 1 + (device.type == "cuda")]
-    ) as seen:
+    on_device, activity = device.type == "cuda", torch.profiler.ProfilerActivity
+    activities = [activity.CPU, activity.CUDA] if on_device else [activity.CPU]
+    with torch.profiler.profile(activities=activities) as seen:
         step()
     taken = dict.fromkeys((*KINDS, "others"), 0.0)
     for event in seen.key_averages():

@@ -53,6 +53,19 @@ __device__ __forceinline__ Tile this_tile(int channels, int tiles_y, int tiles_x
           row * kTileHeight, (static_cast<int>(tile) - row * tiles_x) * kTileWidth};
 }
 
+// The average of a diagonal of the staged tile's pixels: the same in every warp.
+template <typename T>
+__device__ __forceinline__ float shift_of_tile(const Image<const T>& image, const T* plane, const Tile& tile,
+                                               const SsimSize& size) {
+  static_assert(kRows == kShiftPixels && kColumns >= kShiftPixels, "a lane per pixel");
+  const int lane = threadIdx.x % 32;
+  const int y = min(tile.y + lane, size.height - 1), x = min(tile.x + lane, size.width - 1);
+  float sum = to_float(plane[image.offset(y, x)]);
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
+  return sum / kShiftPixels;
+}
+
 // Calls stage(row, column) for every element of the staged tile, neighbouring threads in neighbouring columns.
 template <typename Stage>
 __device__ __forceinline__ void for_staged(const Stage& stage) {
@@ -133,11 +146,12 @@ __global__ void __launch_bounds__(kThreads, 7)
   const Tile tile = this_tile(size.channels, tiles_y, tiles_x);
   const T* plane_a = a.plane(tile.sample, tile.channel);
   const T* plane_b = b.plane(tile.sample, tile.channel);
+  const float shift_a = shift_of_tile(a, plane_a, tile, size), shift_b = shift_of_tile(b, plane_b, tile, size);
   for_staged([&](int row, int column) {
     const int y = tile.y + row, x = tile.x + column;
     const bool inside = y < size.height && x < size.width;
-    staged[0][row][column] = inside ? to_float(plane_a[a.offset(y, x)]) : 0.0f;
-    staged[1][row][column] = inside ? to_float(plane_b[b.offset(y, x)]) : 0.0f;
+    staged[0][row][column] = inside ? to_float(plane_a[a.offset(y, x)]) - shift_a : 0.0f;
+    staged[1][row][column] = inside ? to_float(plane_b[b.offset(y, x)]) - shift_b : 0.0f;
   });
   __syncthreads();
   blur_across<2, kSsimMeans>(staged, across, [](const float (&pixel)[2], float (&terms)[kSsimMeans]) {
@@ -156,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 7)
     const int y = tile.y + first + r;
     if (first + r >= kTileHeight || y >= size.valid_height() || x >= size.valid_width()) continue;
     SsimPoint<float> point;
-    point.compute(means[r], constants);
+    point.compute(means[r], shift_a, shift_a - shift_b, constants);
     sum += point.index;
     if (maps.p == nullptr) continue;
     const int64_t place = (tile.plane * size.valid_height() + y) * size.valid_width() + x;

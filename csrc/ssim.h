@@ -4,7 +4,9 @@
 // With weighted means over the window at p and the difference d = a - b, the index is S = L * T,
 //     L = (2 mean_a mean_b + c1) / (mean_a^2 + mean_b^2 + c1) = 1 - mean_d^2 / (mean_a^2 + mean_b^2 + c1)
 //     T = (2 covariance + c2) / (variance_a + variance_b + c2) = 1 - variance_d / (variance_a + variance_b + c2)
-// The right hand sides lose no digits where images are alike, and take four means instead of five.
+// The right hand sides lose no digits where images are alike, and take four means instead of five. Variances are
+// taken of a - shift_a and b - shift_b, with an average of some pixels nearby, or they would lose digits where
+// images are flat.
 //
 // A pixel b[q] enters the mean at p with the tap g(p, q), variance_b with 2 g (b[q] - mean_b) and variance_d with
 // -2 g (d[q] - mean_d). So its gradient is three sums over positions, and that of a likewise with -d:
@@ -47,16 +49,21 @@ struct SsimConstants {
   float c1, c2;
 };
 
-// F is float or a vector of floats.
+// Pixels whose average is a shift: a power of two, so that the average of equal pixels is exact.
+constexpr int kShiftPixels = 32;
+
+// F is float or a vector of floats. The means are those of shifted images; shift_d = shift_a - shift_b.
 template <typename F>
 struct SsimPoint {
   F index, p, q, m_a, m_b;
-  VFMVAE_SSIM_INLINE void compute(const F (&means)[kSsimMeans], const SsimConstants& constants) {
-    const F a = means[kMeanA], d = means[kMeanD], b = a - d;
+  VFMVAE_SSIM_INLINE void compute(const F (&means)[kSsimMeans], float shift_a, float shift_d,
+                                  const SsimConstants& constants) {
+    const F near_a = means[kMeanA], near_d = means[kMeanD], near_b = near_a - near_d;
+    const F scale = means[kMeanSquares] - near_a * near_a - near_b * near_b + constants.c2;
+    const F loss = (means[kMeanDD] - near_d * near_d) / scale;
+    const F a = near_a + shift_a, d = near_d + shift_d, b = a - d;
     const F light_scale = a * a + b * b + constants.c1;
-    const F scale = means[kMeanSquares] - a * a - b * b + constants.c2;
     const F light_loss = d * d / light_scale;
-    const F loss = (means[kMeanDD] - d * d) / scale;
     const F light = 1.0f - light_loss, structure = 1.0f - loss;
     index = light * structure;
     q = -light / scale;

@@ -116,15 +116,15 @@ struct MapRows {
 
 struct IndexDown {
   template <int LANES>
-  static VFMVAE_INLINE void run(const float* const (&lines)[kSsimWindow][kSsimMeans], int64_t n,
-                                const SsimConstants& constants, const MapRows& maps, double* sum) {
+  static VFMVAE_INLINE void run(const float* const (&lines)[kSsimWindow][kSsimMeans], int64_t n, float shift_a,
+                                float shift_d, const SsimConstants& constants, const MapRows& maps, double* sum) {
     Floats<LANES> total = {};
     for (int64_t x = 0; x < n; x += LANES) {
       const int64_t count = n - x < LANES ? n - x : LANES;
       Floats<LANES> means[kSsimMeans];
       blur_down<LANES, kSsimMeans>(lines, x, means);
       SsimPoint<Floats<LANES>> point;
-      point.compute(means, constants);
+      point.compute(means, shift_a, shift_d, constants);
       if (count < LANES) {  // what lies behind the last position counts for nothing
         Floats<LANES> kept = {};
         for (int64_t i = 0; i < count; ++i) kept[i] = point.index[i];
@@ -195,6 +195,22 @@ void read_row(const Image<const T>& image, const SsimSize& size, int64_t plane, 
   for (int x = 0; x < size.width; ++x) line[x] = widened(source[x * step]);
 }
 
+// The average of a diagonal of the pixels in rows [first, end).
+template <typename T>
+float shift_of_rows(const Image<const T>& image, const SsimSize& size, int64_t plane, int64_t first,
+                    int64_t end) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < kShiftPixels; ++i) {
+    const T* row = image.row(size, plane, first + i * (end - first) / kShiftPixels);
+    sum += widened(row[i * size.width / kShiftPixels * image.strides[3]]);
+  }
+  return static_cast<float>(sum / kShiftPixels);
+}
+
+void subtract(float shift, std::vector<float>* line, int64_t n) {
+  for (int64_t x = 0; x < n; ++x) (*line)[x] -= shift;
+}
+
 template <typename T>
 void write_row(const float* line, const Image<T>& image, const SsimSize& size, int64_t plane, int64_t y) {
   T* target = image.row(size, plane, y);
@@ -225,10 +241,14 @@ void run_forward(const SsimTensors& tensors, const ImageStrides& a_strides, cons
   for_strips(size, size.valid_height(), threads, [&](int64_t item, int64_t plane, int64_t first, int64_t end) {
     Ring<kSsimMeans> ring(width);
     std::vector<float> line_a = padded_line(size.width), line_b = padded_line(size.width);
+    const float shift_a = shift_of_rows(a, size, plane, first, end + kSsimHalo);
+    const float shift_b = shift_of_rows(b, size, plane, first, end + kSsimHalo);
     const float* lines[kSsimWindow][kSsimMeans];
     for (int64_t y = first; y < end + kSsimHalo; ++y) {
       read_row(a, size, plane, y, line_a.data());
       read_row(b, size, plane, y, line_b.data());
+      subtract(shift_a, &line_a, size.width);
+      subtract(shift_b, &line_b, size.width);
       for_best_isa<StatisticsAcross>(line_a.data(), line_b.data(), width, ring.row(y));
       const int64_t position = y - kSsimHalo;
       if (position < first) continue;
@@ -237,7 +257,7 @@ void run_forward(const SsimTensors& tensors, const ImageStrides& a_strides, cons
       const MapRows maps{row_of(tensors.map_p), row_of(tensors.map_q), row_of(tensors.map_a),
                          row_of(tensors.map_b)};
       ring.window(y, lines);
-      for_best_isa<IndexDown>(lines, width, constants, maps, &sums[item]);
+      for_best_isa<IndexDown>(lines, width, shift_a, shift_a - shift_b, constants, maps, &sums[item]);
     }
   });
   const int64_t of_sample = size.channels * strips;
