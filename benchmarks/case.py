@@ -37,6 +37,8 @@ class Case:
     """Those that only gradients of weights need."""
     passed_on: tuple[int, ...] = field(default=())
     """Tensors whose gradient is the output's, so nothing is written."""
+    constant_bytes: int = 0
+    """Of what every pass reads and that takes no gradient."""
 
     def moved_bytes(self, y: Tensor) -> dict[Pass, float]:
         """Bytes of each pass; y is the output."""
@@ -44,7 +46,7 @@ class Case:
         def size(indices: range | tuple[int, ...]) -> float:
             return sum(self.tensors[i].numel() * self.tensors[i].element_size() for i in indices)
 
-        out = y.numel() * y.element_size()
+        out = y.numel() * y.element_size() + self.constant_bytes
         passed_on, everything = size(self.passed_on), range(len(self.tensors))
         inputs = out + size(self.reads) + size(range(self.inputs)) - passed_on
         backward = out + size(self.reads) + size(self.weight_reads) + size(everything) - passed_on

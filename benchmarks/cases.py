@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import cases_fusion
 import cases_alignment
+import cases_fusion
+import cases_perceptual
 import torch
 from case import Case, Operation, Shape, activations, flops
 from torch import Tensor
@@ -121,4 +122,5 @@ OPERATIONS = {
     "geglu": Operation(_GEGLU, geglu, TOKENS),
     **cases_fusion.OPERATIONS,
     **cases_alignment.OPERATIONS,
+    **cases_perceptual.OPERATIONS,
 }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vfmvae.config import TrainConfig
 from vfmvae.images import to_unit
 from vfmvae.losses.alignment import adaptive_weight
-from vfmvae.losses.perceptual import LPIPS, SCALE, SHIFT
+from vfmvae.losses.perceptual import LPIPS, SCALE, SHIFT, PerceptualNetwork
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.bottleneck import Posterior
 from vfmvae.tokenizer.equivariance import EQUIVARIANCE_UNIFORMS
@@ -79,7 +79,7 @@ class PublishedStep:
         job, weights = self.job, self.job.weights()
         job.optimizer.zero_grad()
         decoded, posterior, alignment = self.forward(images)
-        perceptual = None if job.perceptual is None else _Perceptual(job.perceptual)
+        perceptual = None if job.perceptual is None else PlainPerceptual(job.perceptual)
         of_images = image_losses(decoded, images, weights, perceptual)
         others = {"kl": posterior.kl().mean()}
         learning = [p for adversary in job.playing for p in adversary.parameters]
@@ -138,20 +138,23 @@ class PublishedStep:
                 averages[name].lerp_(parameter, 1 - beta)
 
 
-class _Perceptual(nn.Module):
-    """The perceptual distance [B]; LPIPS without the change to channels-last memory."""
+class PlainPerceptual(nn.Module):
+    """The perceptual distance [B] by reference operations; LPIPS without channels-last memory."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: PerceptualNetwork) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        if not isinstance(self.network, LPIPS):
-            return self.network(prediction, target)
-        shift, scale = (prediction.new_tensor(values).view(3, 1, 1) for values in (SHIFT, SCALE))
         with torch.no_grad():
-            of_target = self.network.vgg((target - shift) / scale)
-        return self.network.distance(self.network.vgg((prediction - shift) / scale), of_target)
+            of_target = self.features(target)
+        return self.network.distance(self.features(prediction), of_target, fused=False)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        if not isinstance(self.network, LPIPS):
+            return self.network.features(images)
+        shift, scale = (images.new_tensor(values).view(3, 1, 1) for values in (SHIFT, SCALE))
+        return self.network.vgg((images - shift) / scale)
 
 
 def _adam(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

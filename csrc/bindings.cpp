@@ -1,10 +1,14 @@
 // The Python names of the extension vfmvae._C, and nothing else. Only vfmvae/ops calls them.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "ops.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
+
+using Strides = std::array<int64_t, 4>;
+using RowStrides = std::array<int64_t, 2>;
 
 PYBIND11_MODULE(_C, module) {
   module.attr("build_info") = VFMVAE_BUILD_INFO;
@@ -72,6 +76,49 @@ PYBIND11_MODULE(_C, module) {
       py::kw_only(), "x"_a, "weight"_a, "bias"_a, "mean"_a, "rstd"_a, "grad"_a, "grad_x"_a, "grad_weight"_a,
       "grad_bias"_a, "dtype"_a, "batch"_a, "pixels"_a, "channels"_a, "groups"_a, "activation"_a, "threads"_a,
       no_gil);
+  module.def(
+      "lpips_cpu",
+      [](uintptr_t a, uintptr_t b, uintptr_t weights, uintptr_t out, const RowStrides& a_strides,
+         const RowStrides& b_strides, const std::string& dtype, int64_t batch, int64_t positions,
+         int64_t channels, int threads) {
+        vfmvae::lpips_cpu({a, b, weights, out}, a_strides, b_strides, dtype, batch, positions, channels,
+                          threads);
+      },
+      py::kw_only(), "a"_a, "b"_a, "weights"_a, "out"_a, "a_strides"_a, "b_strides"_a, "dtype"_a, "batch"_a,
+      "positions"_a, "channels"_a, "threads"_a, no_gil);
+  module.def(
+      "lpips_gradient_cpu",
+      [](uintptr_t a, uintptr_t b, uintptr_t weights, uintptr_t grad, uintptr_t out,
+         const RowStrides& a_strides, const RowStrides& b_strides, const std::string& dtype, int64_t batch,
+         int64_t positions, int64_t channels, int threads) {
+        vfmvae::lpips_gradient_cpu({a, b, weights, out}, grad, a_strides, b_strides, dtype, batch, positions,
+                                   channels, threads);
+      },
+      py::kw_only(), "a"_a, "b"_a, "weights"_a, "grad"_a, "out"_a, "a_strides"_a, "b_strides"_a, "dtype"_a,
+      "batch"_a, "positions"_a, "channels"_a, "threads"_a, no_gil);
+  module.def(
+      "ssim_cpu",
+      [](uintptr_t a, uintptr_t b, uintptr_t map_p, uintptr_t map_q, uintptr_t map_a, uintptr_t map_b,
+         uintptr_t out, const Strides& a_strides, const Strides& b_strides, const std::string& dtype,
+         int64_t batch, int64_t channels, int64_t height, int64_t width, double data_range, int threads) {
+        vfmvae::ssim_cpu({a, b, map_p, map_q, map_a, map_b, 0, out}, a_strides, b_strides, dtype, batch,
+                         channels, height, width, data_range, threads);
+      },
+      py::kw_only(), "a"_a, "b"_a, "map_p"_a, "map_q"_a, "map_a"_a, "map_b"_a, "out"_a, "a_strides"_a,
+      "b_strides"_a, "dtype"_a, "batch"_a, "channels"_a, "height"_a, "width"_a, "data_range"_a, "threads"_a,
+      no_gil);
+  module.def(
+      "ssim_gradient_cpu",
+      [](uintptr_t grad, uintptr_t image, uintptr_t other, uintptr_t map, uintptr_t map_p, uintptr_t map_q,
+         uintptr_t out, const Strides& image_strides, const Strides& other_strides, const Strides& out_strides,
+         const std::string& dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
+         int threads) {
+        vfmvae::ssim_gradient_cpu({grad, image, other, map, map_p, map_q, out}, image_strides, other_strides,
+                                  out_strides, dtype, batch, channels, height, width, threads);
+      },
+      py::kw_only(), "grad"_a, "image"_a, "other"_a, "map"_a, "map_p"_a, "map_q"_a, "out"_a,
+      "image_strides"_a, "other_strides"_a, "out_strides"_a, "dtype"_a, "batch"_a, "channels"_a, "height"_a,
+      "width"_a, "threads"_a, no_gil);
   module.def("cpu_multiplies_bfloat16", &vfmvae::cpu_multiplies_bfloat16, no_gil);
 #ifdef VFMVAE_WITH_CUDA
   module.def("cuda_objection", &vfmvae::cuda_objection, "device"_a, no_gil);
@@ -119,5 +166,31 @@ PYBIND11_MODULE(_C, module) {
       py::kw_only(), "x"_a, "weight"_a, "bias"_a, "style"_a, "partials"_a, "table"_a, "grad"_a, "grad_x"_a,
       "grad_weight"_a, "grad_bias"_a, "grad_style"_a, "coefficients"_a, "dtype"_a, "batch"_a, "pixels"_a,
       "channels"_a, "groups"_a, "activation"_a, "device"_a, "stream"_a, no_gil);
+  module.def("ssim_partials", &vfmvae::ssim_partials, py::kw_only(), "channels"_a, "height"_a, "width"_a,
+             no_gil);
+  module.def(
+      "ssim_cuda",
+      [](uintptr_t a, uintptr_t b, uintptr_t map_p, uintptr_t map_q, uintptr_t map_a, uintptr_t map_b,
+         uintptr_t partials, uintptr_t out, const Strides& a_strides, const Strides& b_strides,
+         const std::string& dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
+         double data_range, int device, uintptr_t stream) {
+        vfmvae::ssim_cuda({a, b, map_p, map_q, map_a, map_b, partials, out}, a_strides, b_strides, dtype, batch,
+                          channels, height, width, data_range, device, stream);
+      },
+      py::kw_only(), "a"_a, "b"_a, "map_p"_a, "map_q"_a, "map_a"_a, "map_b"_a, "partials"_a, "out"_a,
+      "a_strides"_a, "b_strides"_a, "dtype"_a, "batch"_a, "channels"_a, "height"_a, "width"_a, "data_range"_a,
+      "device"_a, "stream"_a, no_gil);
+  module.def(
+      "ssim_gradient_cuda",
+      [](uintptr_t grad, uintptr_t image, uintptr_t other, uintptr_t map, uintptr_t map_p, uintptr_t map_q,
+         uintptr_t out, const Strides& image_strides, const Strides& other_strides, const Strides& out_strides,
+         const std::string& dtype, int64_t batch, int64_t channels, int64_t height, int64_t width, int device,
+         uintptr_t stream) {
+        vfmvae::ssim_gradient_cuda({grad, image, other, map, map_p, map_q, out}, image_strides, other_strides,
+                                   out_strides, dtype, batch, channels, height, width, device, stream);
+      },
+      py::kw_only(), "grad"_a, "image"_a, "other"_a, "map"_a, "map_p"_a, "map_q"_a, "out"_a,
+      "image_strides"_a, "other_strides"_a, "out_strides"_a, "dtype"_a, "batch"_a, "channels"_a, "height"_a,
+      "width"_a, "device"_a, "stream"_a, no_gil);
 #endif
 }

@@ -2,6 +2,7 @@
 // lie channels-last ([B, H, W, C]). Bad arguments throw std::invalid_argument.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 
@@ -115,6 +116,59 @@ struct GroupNormCudaGradients {
 void group_norm_backward_cuda(const GroupNormCudaTensors& tensors, const GroupNormCudaGradients& gradients,
                               const std::string& dtype, int64_t batch, int64_t pixels, int64_t channels,
                               int64_t groups, const std::string& activation, int device, uintptr_t stream);
+
+// Addresses: maps a, b of the dtype of the op, [B, P, C] with dense channels; weights [C] float32, or 0 for ones.
+struct LpipsTensors {
+  uintptr_t a, b, weights;
+  uintptr_t out;
+};
+
+// out [B] float32 = mean over positions of sum over channels of weights * (a / (|a| + 1e-10) - the same of b)^2;
+// strides are those of sample and position. Sums are in float32.
+void lpips_cpu(const LpipsTensors& tensors, const std::array<int64_t, 2>& a_strides,
+               const std::array<int64_t, 2>& b_strides, const std::string& dtype, int64_t batch,
+               int64_t positions, int64_t channels, int threads);
+// out, dense and of the dtype of the op, becomes the gradient of a from grad [B] float32.
+void lpips_gradient_cpu(const LpipsTensors& tensors, uintptr_t grad, const std::array<int64_t, 2>& a_strides,
+                        const std::array<int64_t, 2>& b_strides, const std::string& dtype, int64_t batch,
+                        int64_t positions, int64_t channels, int threads);
+
+// Addresses for ssim. a and b have the dtype of the op, the others are float32; what ssim.h calls the maps P, Q
+// and M of a and of b is [B, C, H - 10, W - 10]. Those of M may be 0, and all of them: not computed.
+struct SsimTensors {
+  uintptr_t a, b;
+  uintptr_t map_p, map_q, map_a, map_b;
+  uintptr_t partials;  // [B, ssim_partials(...)], workspace; not used on the CPU
+  uintptr_t out;       // [B]
+};
+// The gradient of one of the images: image, other and out have the dtype of the op, the others are float32.
+struct SsimGradient {
+  uintptr_t grad;               // [B], of the index
+  uintptr_t image, other;       // the one whose gradient this is, and the one it is compared with
+  uintptr_t map, map_p, map_q;  // M of `image`, P and Q
+  uintptr_t out;
+};
+
+// Partial sums of one sample in the CUDA form.
+int64_t ssim_partials(int64_t channels, int64_t height, int64_t width);
+
+// out = mean structural similarity of each pair of images [B, C, H, W], H and W at least 11, whose elements lie
+// wherever the strides say. Sums are in float32.
+void ssim_cuda(const SsimTensors& tensors, const std::array<int64_t, 4>& a_strides,
+               const std::array<int64_t, 4>& b_strides, const std::string& dtype, int64_t batch,
+               int64_t channels, int64_t height, int64_t width, double data_range, int device,
+               uintptr_t stream);
+void ssim_cpu(const SsimTensors& tensors, const std::array<int64_t, 4>& a_strides,
+              const std::array<int64_t, 4>& b_strides, const std::string& dtype, int64_t batch,
+              int64_t channels, int64_t height, int64_t width, double data_range, int threads);
+void ssim_gradient_cuda(const SsimGradient& tensors, const std::array<int64_t, 4>& image_strides,
+                        const std::array<int64_t, 4>& other_strides,
+                        const std::array<int64_t, 4>& out_strides, const std::string& dtype, int64_t batch,
+                        int64_t channels, int64_t height, int64_t width, int device, uintptr_t stream);
+void ssim_gradient_cpu(const SsimGradient& tensors, const std::array<int64_t, 4>& image_strides,
+                       const std::array<int64_t, 4>& other_strides,
+                       const std::array<int64_t, 4>& out_strides, const std::string& dtype, int64_t batch,
+                       int64_t channels, int64_t height, int64_t width, int threads);
 
 // Whether this processor multiplies matrices of bfloat16 faster than those of float32.
 bool cpu_multiplies_bfloat16();

@@ -72,8 +72,8 @@ class PerceptualNetwork(nn.Module):
         """
         raise NotImplementedError
 
-    def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        """[B], from the `features` of two batches."""
+    def distance(self, a: list[Tensor], b: list[Tensor], *, fused: ops.Fused = True) -> Tensor:
+        """[B], from the `features` of two batches; `fused` as for `ops.lpips_distance`."""
         raise NotImplementedError
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -113,9 +113,12 @@ class LPIPS(PerceptualNetwork):
             pixels = torch.stack(scaled, dim=1).to(self.dtype, memory_format=torch.channels_last)
             return self.vgg(pixels)
 
-    def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        layers = zip(a, b, LAYERS, strict=True)
-        return torch.stack([ops.lpips_distance(x, y, self.get_buffer(name)) for x, y, name in layers]).sum(0)
+    def distance(self, a: list[Tensor], b: list[Tensor], *, fused: ops.Fused = True) -> Tensor:
+        distances = [
+            ops.lpips_distance(x, y, self.get_buffer(name), fused=fused)
+            for x, y, name in zip(a, b, LAYERS, strict=True)
+        ]
+        return torch.stack(distances).sum(0)
 
 
 class FeatureDistance(PerceptualNetwork):
@@ -134,8 +137,9 @@ class FeatureDistance(PerceptualNetwork):
         tokens = self.encoder(images, image_gradients=True).layers
         return [layer.transpose(1, 2).unsqueeze(-1) for layer in tokens]  # [B, C, N, 1]
 
-    def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        return torch.stack([ops.lpips_distance(x, y) for x, y in zip(a, b, strict=True)]).mean(0)
+    def distance(self, a: list[Tensor], b: list[Tensor], *, fused: ops.Fused = True) -> Tensor:
+        distances = [ops.lpips_distance(x, y, fused=fused) for x, y in zip(a, b, strict=True)]
+        return torch.stack(distances).mean(0)
 
 
 class VGG16(nn.Module):

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vfmvae.ops.dispatch import Fused, Op
+from vfmvae.ops import lpips_compiled, ssim_compiled
+from vfmvae.ops.dispatch import Fused, Implementation, Op
 
 WINDOW, SIGMA = 11, 1.5
 UNIT_EPSILON = 1e-10  # added to the length of a feature vector, where LPIPS v0.1 adds it
@@ -53,7 +54,14 @@ def ssim_reference(a: Tensor, b: Tensor, data_range: float) -> Tensor:
     return (luminance * structure).flatten(1).mean(dim=1)
 
 
-_SSIM = Op("ssim", ssim_reference)
+_SSIM = Op(
+    "ssim",
+    ssim_reference,
+    (
+        Implementation("cuda", ssim_compiled.ssim, ssim_compiled.why_not_cuda),
+        Implementation("cpu", ssim_compiled.ssim, ssim_compiled.why_not_cpu),
+    ),
+)
 
 
 def lpips_distance(a: Tensor, b: Tensor, weights: Tensor | None = None, *, fused: Fused = True) -> Tensor:
@@ -98,4 +106,11 @@ def _unit(x: Tensor) -> Tensor:
     return x * torch.where(length > 0, 1.0 / (length + UNIT_EPSILON), 0.0)
 
 
-_LPIPS_DISTANCE = Op("lpips_distance", lpips_distance_reference)
+_LPIPS_DISTANCE = Op(
+    "lpips_distance",
+    lpips_distance_reference,
+    (
+        Implementation("triton", lpips_compiled.lpips_distance_triton, lpips_compiled.why_not_triton),
+        Implementation("cpu", lpips_compiled.lpips_distance_cpu, lpips_compiled.why_not_cpu),
+    ),
+)
