@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import assert_kernel_close, bfloat16_products_in_the_interpreter
+from tests.helpers import RELATIVE_LIMITS, assert_kernel_close, bfloat16_products_in_the_interpreter
 from vfmvae import ops
 
 ON_GPU = torch.cuda.is_available()
@@ -74,8 +74,11 @@ def compare(shape: tuple[int, ...], dtype: torch.dtype, null: bool, head_mean: b
             assert {t.dtype for t in results[:2]} == {torch.float32}
             results = [*(t.to(dtype) for t in results[:2]), results[2]]
             assert_kernel_close(*results, what, terms=batch * length)
-        else:  # sums over tokens of sums over a head, which in float32 are added up in another order
-            assert_kernel_close(*results, what, terms=length * width if dtype == torch.float32 else 0)
+        elif what == "output" or dtype != torch.float32:
+            assert_kernel_close(*results, what)
+        else:  # differences of numbers some times larger, and added up in another order than eager's
+            error = (results[0].double() - results[2]).norm() / results[2].norm()
+            assert error <= RELATIVE_LIMITS[dtype], f"{what}: relative error {error:.3g}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
