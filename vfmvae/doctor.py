@@ -20,6 +20,8 @@ from rich.table import Table
 
 import vfmvae
 from vfmvae.cli import command, parse
+from vfmvae.ops import attention_choices
+from vfmvae.ops.attention import CUDNN_BLOCK, CUDNN_RIGHT_FROM
 
 State = Literal["yes", "no", "broken"]
 COLOURS: dict[State, str] = {"yes": "green", "no": "yellow", "broken": "red"}
@@ -58,8 +60,10 @@ class Package:
 
 PACKAGES = (
     Package("Triton", "triton", CPU_INSTEAD, used=True),
-    Package("flash-attn", "flash_attn", "PyTorch's attention"),
-    Package("xformers", "xformers", "PyTorch's attention"),
+    Package("flash-attn 2", "flash_attn.flash_attn_interface", "other attention", used=True),
+    Package("flash-attn 3", "flash_attn_interface", "other attention", used=True),
+    Package("flash-attn 4", "flash_attn.cute", "other attention", used=True),
+    Package("xformers", "xformers.ops", "other attention", used=True),
     Package("apex", "apex.optimizers", "torch.optim"),
     Package("DALI", "nvidia.dali", "Pillow on the CPU"),
 )
@@ -125,6 +129,10 @@ def inspect_cudnn_attention() -> Part:
     version = f"{number // 10_000}.{number % 10_000 // 100}.{number % 100}"
     if not torch.cuda.is_available():
         return Part(name, "yes", version, NO_DEVICE)
+    if number < CUDNN_RIGHT_FROM:
+        return Part(
+            name, "yes", version, f"not used for tokens in other than multiples of {CUDNN_BLOCK}: wrong"
+        )
     if not torch.backends.cuda.cudnn_sdp_enabled():
         return Part(name, "no", version, f"switched off in torch.backends.cuda; {instead}")
     return Part(name, "yes", version, "")
@@ -162,6 +170,18 @@ def print_report(console: Console) -> None:
         state = f"[{COLOURS[part.state]}]{part.state}[/]"
         table.add_row(escape(part.name), state, escape(part.version), escape(part.note))
     console.print(table)
+    table = Table("where", "by", title="attention at full size")
+    table.add_column("why not by what is tried first", overflow="fold")
+    for use, (name, refused) in find_attention().items():
+        table.add_row(use, name, escape("; ".join(f"{other}: {why}" for other, why in refused.items())))
+    console.print(table)
+
+
+def find_attention() -> dict[str, tuple[str, dict[str, str]]]:
+    """What computes attention where, and the objections to what would come before it."""
+    if torch.cuda.is_available():
+        return attention_choices(torch.device("cuda"), torch.bfloat16)
+    return attention_choices(torch.device("cpu"), torch.float32)
 
 
 def _import_elsewhere(module: str) -> tuple[State, str]:

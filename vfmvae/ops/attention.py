@@ -17,6 +17,7 @@ differentiated twice.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -69,6 +70,20 @@ def attention(
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
     return _ATTENTION(fused, query, key, value, null_key, null_value, head_mean)
+
+
+def attention_choices(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, dict[str, str]]]:
+    """What runs at full size where: in the encoder, the latent fusion and the decoder.
+
+    Each with the name of the implementation, and those that would come before it with their objections.
+    """
+    tokens = torch.empty(1, dtype=dtype, device=device).expand(1, 16, 1024, 64)
+    null = tokens[0, :, 0]
+    return {
+        "encoder": _ATTENTION.explain(tokens, tokens, tokens, None, None, False),
+        "fusion": _ATTENTION.explain(tokens, tokens, tokens, None, None, True),
+        "decoder": _ATTENTION.explain(tokens, tokens, tokens, null, null, False),
+    }
 
 
 def attention_reference(
@@ -158,8 +173,9 @@ def _why_not_xformers(query: Tensor, *_: object) -> str | None:
     return _only_plain() or attention_packages.why_no_xformers(query)
 
 
+@torch.compiler.assume_constant_result
 def _only_plain() -> str | None:
-    """The objection inside of sdpa_kernel(SDPBackend.MATH)."""
+    """The objection inside of sdpa_kernel(SDPBackend.MATH), or where code was compiled inside of it."""
     cuda = torch.backends.cuda
     if cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled():
         return None
@@ -175,4 +191,5 @@ _ATTENTION = Op(
         Implementation("xformers", _with_tokens(attention_packages.xformers_attention), _why_not_xformers),
         Implementation("sdpa", _with_tokens(_sdpa), always),
     ),
+    level=logging.INFO,
 )

@@ -92,8 +92,14 @@ def _find(packages: tuple[Package, ...], query: Tensor) -> tuple[Package | None,
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _find_for(
+    packages: tuple[Package, ...], device_type: str, device_index: int, dtype: torch.dtype, width: int
+) -> tuple[Package | None, str | None]:
+    return _search(packages, device_type, device_index, dtype, width)
+
+
+@functools.cache
+def _search(
     packages: tuple[Package, ...], device_type: str, device_index: int, dtype: torch.dtype, width: int
 ) -> tuple[Package | None, str | None]:
     installed = [package for package in packages if _installed(package.module)]
