@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import cases_attention
 import torch
 from case import Case, Operation, Shape, activations, flops
 from torch import Tensor
@@ -117,4 +118,5 @@ OPERATIONS = {
     "upsample_blur": Operation(_UPSAMPLE_BLUR, upsample_blur, BLOCKS),
     "modulated_to_rgb": Operation(_MODULATED_TO_RGB, modulated_to_rgb, BLOCKS),
     "geglu": Operation(_GEGLU, geglu, TOKENS),
+    **cases_attention.OPERATIONS,
 }

@@ -66,7 +66,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, tuple[str, dict[str, str]]]]:
-    """What is chosen for 16-bit tensors on a card of that capability."""
+    """What is chosen for 16-bit tensors on a card of that capability; trials run on the CPU."""
+    trial = attention_packages._trial
+    monkeypatch.setattr(
+        attention_packages, "_trial", lambda package, _, *rest: trial(package, torch.device("cpu"), *rest)
+    )
 
     def choices(major: int = 9, dtype: torch.dtype = torch.bfloat16) -> dict:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, 0))

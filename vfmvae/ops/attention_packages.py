@@ -127,7 +127,7 @@ def _objection(package: Package, device_index: int, dtype: torch.dtype, width: i
     lowest, highest = package.cards
     if not lowest <= major <= highest:
         return f"{package.name} is not for cards of sm_{major}{minor}"
-    return _import(package)[1] or _trial(package, device_index, dtype, width)
+    return _import(package)[1] or _trial(package, torch.device("cuda", device_index), dtype, width)
 
 
 def _installed(module: str) -> bool:
@@ -151,10 +151,10 @@ def _import(package: Package) -> tuple[Callable[..., Any] | None, str | None]:
     return function, None
 
 
-def _trial(package: Package, device_index: int, dtype: torch.dtype, width: int) -> str | None:
+def _trial(package: Package, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """What goes wrong with one small problem: packages may be built for other cards than this one."""
     with torch.inference_mode(False), torch.enable_grad():
-        q, k, v = torch.ones(3, 1, 128, 1, width, dtype=dtype, device=f"cuda:{device_index}").unbind()
+        q, k, v = torch.ones(3, 1, 128, 1, width, dtype=dtype, device=device).unbind()
         try:
             q.requires_grad_()
             torch.autograd.grad(_call(package, q, k, v).sum(), q)

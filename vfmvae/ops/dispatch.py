@@ -12,8 +12,8 @@ or None. A missing package, build or device is an objection like any other; it i
 What True chose is logged through `vfmvae.ops`, once per operation and reasons: as a WARNING where the tensors
 are on a CUDA device and an implementation made for it cannot run, either because this installation lacks its
 part (Triton, or the extension's CUDA code), which installing it would mend, or because of the dtype, the size
-or the card, so that plain PyTorch runs; else at the operation's level, DEBUG unless it says another. So the CPU
-is silent, and so is the choice of what is faster (`why_not_first`).
+or the card, so that plain PyTorch runs; else at the operation's `level`. So the CPU is silent, and so is the
+choice of what is faster (`why_not_first`).
 """
 
 from __future__ import annotations
