@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tests.helpers import ROOT, run_python
+from vfmvae import doctor as doctor_module
 
 # Hides modules as if they were not installed. Python runs a file of this name when it starts.
 SITECUSTOMIZE = """
@@ -88,6 +90,8 @@ def test_present_broken_and_crashing_packages(doctor) -> None:
     assert report["flash-attn 3"].startswith("no |")
     assert "broken" in report["apex"] and "signal 6" in report["apex"]
     assert "broken" in report["Triton"] and "exit code 3" in report["Triton"]
+    if not torch.cuda.is_available():  # where Triton is asked whether it is its interpreter
+        assert "choosing attention ends the interpreter with exit code 3" in report["everywhere"]
 
 
 def test_all_packages_for_attention_where_there_is_no_device_for_them(doctor) -> None:
@@ -99,6 +103,12 @@ def test_all_packages_for_attention_where_there_is_no_device_for_them(doctor) ->
         for where in ("encoder", "fusion", "decoder"):
             assert report[where].startswith("sdpa | ")
             assert report[where].count("the tensor is on cpu, not on a CUDA device") >= 2
+
+
+def test_it_knows_which_cudnn_is_not_used() -> None:
+    attention = importlib.import_module("vfmvae.ops.attention")
+    assert doctor_module.CUDNN_RIGHT_FROM == attention.CUDNN_RIGHT_FROM
+    assert doctor_module.CUDNN_BLOCK == attention.CUDNN_BLOCK
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ table. The exit code is 0: nothing in the table is required.
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
@@ -20,14 +21,14 @@ from rich.table import Table
 
 import vfmvae
 from vfmvae.cli import command, parse
-from vfmvae.ops import attention_choices
-from vfmvae.ops.attention import CUDNN_BLOCK, CUDNN_RIGHT_FROM
 
 State = Literal["yes", "no", "broken"]
 COLOURS: dict[State, str] = {"yes": "green", "no": "yellow", "broken": "red"}
 IMPORT_TIMEOUT_S = 120
 CPU_INSTEAD = "plain PyTorch operations"
 CUDA_INSTEAD = "Triton or plain PyTorch operations"
+CUDNN_RIGHT_FROM, CUDNN_BLOCK = 91501, 128
+"""As in vfmvae/ops/attention.py, which is not imported here: PyTorch imports Triton with it."""
 NO_DEVICE = "unused: there is no CUDA device"
 
 # Prints "yes" and the version, "no" if the module is not installed, or "broken" and the error's first line.
@@ -44,6 +45,23 @@ sys.excepthook = report
 module = importlib.import_module(wanted)
 package = importlib.import_module(wanted.partition(".")[0])
 print("yes", getattr(module, "__version__", None) or getattr(package, "__version__", ""))
+"""
+
+
+# The choice imports packages, too. Prints "yes" and `attention_choices` as JSON, or "broken" and the error.
+ATTENTION_PROGRAM = """
+import json, sys
+
+def report(kind, error, _):
+    print("broken", f"{kind.__name__}: {str(error).strip()}".splitlines()[0])
+
+sys.excepthook = report
+import torch
+from vfmvae.ops import attention_choices
+
+on_gpu = torch.cuda.is_available()
+where = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
+print("yes", json.dumps(attention_choices(*where)))
 """
 
 
@@ -179,26 +197,30 @@ def print_report(console: Console) -> None:
 
 def find_attention() -> dict[str, tuple[str, dict[str, str]]]:
     """What computes attention where, and the objections to what would come before it."""
-    if torch.cuda.is_available():
-        return attention_choices(torch.device("cuda"), torch.bfloat16)
-    return attention_choices(torch.device("cpu"), torch.float32)
+    state, line = _run_elsewhere("choosing attention", ATTENTION_PROGRAM)
+    return json.loads(line) if state == "yes" else {"everywhere": ("nothing", {state: line})}
 
 
 def _import_elsewhere(module: str) -> tuple[State, str]:
     """What a new interpreter says of the module: its version, or the first line of the error."""
-    command = [sys.executable, "-c", IMPORT_PROGRAM, module]
+    return _run_elsewhere("importing it", IMPORT_PROGRAM, module)
+
+
+def _run_elsewhere(what: str, program: str, *arguments: str) -> tuple[State, str]:
+    """What a new interpreter says in its last line."""
+    command = [sys.executable, "-c", program, *arguments]
     try:
         process = subprocess.run(
             command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return "broken", f"importing it takes more than {IMPORT_TIMEOUT_S} s"
+        return "broken", f"{what} takes more than {IMPORT_TIMEOUT_S} s"
     if process.returncode < 0:
-        return "broken", f"importing it ends the interpreter with signal {-process.returncode}"
+        return "broken", f"{what} ends the interpreter with signal {-process.returncode}"
     # Packages may print while they are imported: ours is the last line.
     state, _, line = (process.stdout.strip().splitlines() or [""])[-1].partition(" ")
     if state not in COLOURS:
-        return "broken", f"importing it ends the interpreter with exit code {process.returncode}"
+        return "broken", f"{what} ends the interpreter with exit code {process.returncode}"
     return state, line
 
 
