@@ -307,7 +307,7 @@ class Run:
         for use, (name, refused) in found.items():
             reasons = "; ".join(f"{other}: {objection}" for other, objection in refused.items())
             where.setdefault(f"{name} ({reasons})" if reasons else name, []).append(use)
-        return "; ".join(f"{' and '.join(uses)} by {choice}" for choice, uses in where.items())
+        return "; ".join(f"{', '.join(uses)} by {choice}" for choice, uses in where.items())
 
     def summarise(self, last: Evaluation) -> None:
         """The table at the end, and where the files are."""
