@@ -6,6 +6,7 @@ import math
 from functools import partial
 
 import cases_alignment
+import cases_attention
 import cases_fusion
 import cases_perceptual
 import torch
@@ -123,4 +124,5 @@ OPERATIONS = {
     **cases_fusion.OPERATIONS,
     **cases_alignment.OPERATIONS,
     **cases_perceptual.OPERATIONS,
+    **cases_attention.OPERATIONS,
 }

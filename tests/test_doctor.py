@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers import ROOT, run_python
+from vfmvae import doctor as doctor_module
 
 # Hides modules as if they were not installed. Python runs a file of this name when it starts.
 SITECUSTOMIZE = """
@@ -48,18 +51,24 @@ def doctor(tmp_path: Path):
 
 def test_every_part_has_a_row_and_the_machine_is_described(doctor) -> None:
     report = doctor()
-    parts = {"Triton", "vfmvae._C (CPU)", "vfmvae._C (CUDA)", "flash-attn", "xformers", "apex", "DALI"}
-    assert parts | {"cuDNN attention", "head"} == set(report)
+    parts = {"Triton", "vfmvae._C (CPU)", "vfmvae._C (CUDA)", "xformers", "apex", "DALI", "cuDNN attention"}
+    parts |= {"flash-attn 2", "flash-attn 3", "flash-attn 4", "encoder", "fusion", "decoder", "head"}
+    assert parts == set(report)
     for word in ("vfmvae 0.", "Python 3.", "torch 2.", "GPU", "vfmvae._C: "):
         assert word in report["head"], report["head"]
 
 
 def test_absent_parts_name_what_is_used_instead(doctor) -> None:
-    report = doctor(hidden=("triton", "vfmvae._C", "flash_attn", "xformers", "apex", "nvidia.dali"))
+    hidden = ("triton", "vfmvae._C", "flash_attn", "flash_attn_interface", "xformers", "apex", "nvidia.dali")
+    report = doctor(hidden=hidden)
     assert report["Triton"].startswith("no |") and "plain PyTorch" in report["Triton"]
     assert report["vfmvae._C (CPU)"].startswith("no |") and "plain PyTorch" in report["vfmvae._C (CPU)"]
     assert report["vfmvae._C (CUDA)"].startswith("no |")
-    assert "PyTorch's attention" in report["flash-attn"] and "PyTorch's attention" in report["xformers"]
+    for number in (2, 3, 4):
+        assert report[f"flash-attn {number}"].startswith("no |")
+    for where in ("encoder", "fusion", "decoder"):
+        assert report[where].startswith("sdpa | triton: the package triton is not installed; flash-attn: ")
+        assert "the package xformers is not installed" in report[where]
     assert "torch.optim" in report["apex"] and "Pillow" in report["DALI"]
 
 
@@ -68,16 +77,45 @@ def test_present_broken_and_crashing_packages(doctor) -> None:
         fakes={
             "flash_attn": 'raise OSError("libcudart.so.99: no such file\\nsecond line")',
             "xformers": '__version__ = "9.8.7"',
+            "xformers/ops": "",
             "apex": "import os; os.abort()",
             "triton": "print('hello'); raise SystemExit(3)",
         }
     )
     assert report["xformers"].startswith("yes | 9.8.7")
-    assert "broken" in report["flash-attn"]
-    assert "OSError: libcudart.so.99: no such file; PyTorch's attention" in report["flash-attn"]
-    assert "second line" not in report["flash-attn"]
+    for number in (2, 4):
+        assert "broken" in report[f"flash-attn {number}"]
+        assert "OSError: libcudart.so.99: no such file; other attention" in report[f"flash-attn {number}"]
+        assert "second line" not in report[f"flash-attn {number}"]
+    assert report["flash-attn 3"].startswith("no |")
     assert "broken" in report["apex"] and "signal 6" in report["apex"]
     assert "broken" in report["Triton"] and "exit code 3" in report["Triton"]
+    if not torch.cuda.is_available():  # where Triton is asked whether it is its interpreter
+        assert "choosing attention ends the interpreter with exit code 3" in report["everywhere"]
+
+
+def test_all_packages_for_attention_where_there_is_no_device_for_them(doctor) -> None:
+    names = ("flash_attn", "flash_attn/flash_attn_interface", "flash_attn/cute", "flash_attn_interface")
+    report = doctor(fakes=dict.fromkeys((*names, "xformers", "xformers/ops"), '__version__ = "9.8.7"'))
+    for name in ("flash-attn 2", "flash-attn 3", "flash-attn 4", "xformers"):
+        assert report[name].startswith("yes | 9.8.7")
+    if not torch.cuda.is_available():
+        for where in ("encoder", "fusion", "decoder"):
+            assert report[where].startswith("sdpa | ")
+            assert report[where].count("the tensor is on cpu, not on a CUDA device") >= 2
+
+
+def test_it_knows_which_cudnn_is_not_used() -> None:
+    attention = importlib.import_module("vfmvae.ops.attention")
+    assert doctor_module.CUDNN_RIGHT_FROM == attention.CUDNN_RIGHT_FROM
+    assert doctor_module.CUDNN_BLOCK == attention.CUDNN_BLOCK
+
+
+@pytest.mark.gpu
+def test_what_computes_attention_on_a_gpu(doctor) -> None:
+    report = doctor(hidden=("flash_attn", "flash_attn_interface", "xformers"))
+    assert report["encoder"].startswith("sdpa | triton: without null key and mean, libraries are faster")
+    assert report["fusion"].startswith("triton |") and report["decoder"].startswith("triton |")
 
 
 def run_doctor(*arguments: str) -> subprocess.CompletedProcess[str]:

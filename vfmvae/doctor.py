@@ -6,6 +6,7 @@ table. The exit code is 0: nothing in the table is required.
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
@@ -26,6 +27,8 @@ COLOURS: dict[State, str] = {"yes": "green", "no": "yellow", "broken": "red"}
 IMPORT_TIMEOUT_S = 120
 CPU_INSTEAD = "plain PyTorch operations"
 CUDA_INSTEAD = "Triton or plain PyTorch operations"
+CUDNN_RIGHT_FROM, CUDNN_BLOCK = 91501, 128
+"""As in vfmvae/ops/attention.py, which is not imported here: PyTorch imports Triton with it."""
 NO_DEVICE = "unused: there is no CUDA device"
 
 # Prints "yes" and the version, "no" if the module is not installed, or "broken" and the error's first line.
@@ -45,6 +48,23 @@ print("yes", getattr(module, "__version__", None) or getattr(package, "__version
 """
 
 
+# The choice imports packages, too. Prints "yes" and `attention_choices` as JSON, or "broken" and the error.
+ATTENTION_PROGRAM = """
+import json, sys
+
+def report(kind, error, _):
+    print("broken", f"{kind.__name__}: {str(error).strip()}".splitlines()[0])
+
+sys.excepthook = report
+import torch
+from vfmvae.ops import attention_choices
+
+on_gpu = torch.cuda.is_available()
+where = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
+print("yes", json.dumps(attention_choices(*where)))
+"""
+
+
 @dataclass(frozen=True)
 class Package:
     """An optional package: what it is called, the module that is imported, and what runs without it."""
@@ -58,8 +78,10 @@ class Package:
 
 PACKAGES = (
     Package("Triton", "triton", CPU_INSTEAD, used=True),
-    Package("flash-attn", "flash_attn", "PyTorch's attention"),
-    Package("xformers", "xformers", "PyTorch's attention"),
+    Package("flash-attn 2", "flash_attn.flash_attn_interface", "other attention", used=True),
+    Package("flash-attn 3", "flash_attn_interface", "other attention", used=True),
+    Package("flash-attn 4", "flash_attn.cute", "other attention", used=True),
+    Package("xformers", "xformers.ops", "other attention", used=True),
     Package("apex", "apex.optimizers", "torch.optim"),
     Package("DALI", "nvidia.dali", "Pillow on the CPU"),
 )
@@ -125,6 +147,10 @@ def inspect_cudnn_attention() -> Part:
     version = f"{number // 10_000}.{number % 10_000 // 100}.{number % 100}"
     if not torch.cuda.is_available():
         return Part(name, "yes", version, NO_DEVICE)
+    if number < CUDNN_RIGHT_FROM:
+        return Part(
+            name, "yes", version, f"not used for tokens in other than multiples of {CUDNN_BLOCK}: wrong"
+        )
     if not torch.backends.cuda.cudnn_sdp_enabled():
         return Part(name, "no", version, f"switched off in torch.backends.cuda; {instead}")
     return Part(name, "yes", version, "")
@@ -162,23 +188,39 @@ def print_report(console: Console) -> None:
         state = f"[{COLOURS[part.state]}]{part.state}[/]"
         table.add_row(escape(part.name), state, escape(part.version), escape(part.note))
     console.print(table)
+    table = Table("where", "by", title="attention at full size")
+    table.add_column("why not by what is tried first", overflow="fold")
+    for use, (name, refused) in find_attention().items():
+        table.add_row(use, name, escape("; ".join(f"{other}: {why}" for other, why in refused.items())))
+    console.print(table)
+
+
+def find_attention() -> dict[str, tuple[str, dict[str, str]]]:
+    """What computes attention where, and the objections to what would come before it."""
+    state, line = _run_elsewhere("choosing attention", ATTENTION_PROGRAM)
+    return json.loads(line) if state == "yes" else {"everywhere": ("nothing", {state: line})}
 
 
 def _import_elsewhere(module: str) -> tuple[State, str]:
     """What a new interpreter says of the module: its version, or the first line of the error."""
-    command = [sys.executable, "-c", IMPORT_PROGRAM, module]
+    return _run_elsewhere("importing it", IMPORT_PROGRAM, module)
+
+
+def _run_elsewhere(what: str, program: str, *arguments: str) -> tuple[State, str]:
+    """What a new interpreter says in its last line."""
+    command = [sys.executable, "-c", program, *arguments]
     try:
         process = subprocess.run(
             command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return "broken", f"importing it takes more than {IMPORT_TIMEOUT_S} s"
+        return "broken", f"{what} takes more than {IMPORT_TIMEOUT_S} s"
     if process.returncode < 0:
-        return "broken", f"importing it ends the interpreter with signal {-process.returncode}"
+        return "broken", f"{what} ends the interpreter with signal {-process.returncode}"
     # Packages may print while they are imported: ours is the last line.
     state, _, line = (process.stdout.strip().splitlines() or [""])[-1].partition(" ")
     if state not in COLOURS:
-        return "broken", f"importing it ends the interpreter with exit code {process.returncode}"
+        return "broken", f"{what} ends the interpreter with exit code {process.returncode}"
     return state, line
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from vfmvae.cli import command, usage
 from vfmvae.config import TrainConfig
 from vfmvae.data import worker_deaths
+from vfmvae.ops import attention_choices
 from vfmvae.serialization import to_json
 from vfmvae.tokenizer.files import write_state
 from vfmvae.train_arguments import parse_arguments
@@ -295,11 +296,23 @@ class Run:
         how += ["engine.graphs"] if engine.graphs else []
         processes = f" x {world_size()} processes ({engine.parallel})" if world_size() > 1 else ""
         self.say(f"computing on {device_name(job.device)}{processes}: {', '.join(how)}")
+        self.say(f"attention: {self.attention()}")
         slow = slow_on_cpu(job.tokenizer.dtype, job.device)
         if slow is not None:
             self.say(f"warning: {slow}")
         if job.perceptual is not None and config.perceptual.network != "lpips-vgg":
             self.say(f"the perceptual loss compares features of {config.perceptual.network}; it is not LPIPS")
+
+    def attention(self) -> str:
+        """Which implementation computes it where, and why none that would come before."""
+        found = attention_choices(self.job.device, self.job.tokenizer.dtype)
+        if not self.config.fused:
+            found |= {"fusion": ("reference", {}), "decoder": ("reference", {})}
+        where: dict[str, list[str]] = {}
+        for use, (name, refused) in found.items():
+            reasons = "; ".join(f"{other}: {objection}" for other, objection in refused.items())
+            where.setdefault(f"{name} ({reasons})" if reasons else name, []).append(use)
+        return "; ".join(f"{', '.join(uses)} by {choice}" for choice, uses in where.items())
 
     def summarise(self, last: Evaluation) -> None:
         """The table at the end, and where the files are."""

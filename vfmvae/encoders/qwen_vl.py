@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vfmvae import ops
 from vfmvae.encoders.base import EncoderConfig, FrozenEncoder, Preprocessing, ViTConfig
 from vfmvae.encoders.weights import check_names
 
@@ -113,10 +114,7 @@ class QwenEncoder(FrozenEncoder):
             attention.qkv(x).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         )  # [B, heads, N, d]
         q, k = _rotate(q, *rotary), _rotate(k, *rotary)
-        if window is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            out = _windowed_attention(q, k, v, grid, window)
+        out = ops.attention(q, k, v) if window is None else _windowed_attention(q, k, v, grid, window)
         return attention.proj(out.transpose(1, 2).reshape(batch, count, width))
 
 
@@ -127,27 +125,38 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _windowed_attention(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int], window: int) -> Tensor:
-    """Attention of [B, heads, N, d] within windows from the top left; those at the far edges may be cut."""
-    rows, columns = grid
-    below, beside = -rows % window, -columns % window  # what the cut windows lack
+    """Attention of [B, heads, N, d] within windows from the top left; those at the far edges may be cut.
+
+    The cut ones are of other sizes, and computed by themselves: without zeros to fill them, or a mask.
+    """
+    heights, widths = (_sizes(count, window) for count in grid)
+    bands = []
+    for rows in zip(*(x.unflatten(2, grid).split([*heights], dim=2) for x in (q, k, v)), strict=True):
+        parts = zip(*(x.split([*widths], dim=3) for x in rows), strict=True)
+        height = heights[rows[0].shape[2]]
+        band = [_attend_within(q, k, v, height, widths[q.shape[3]]) for q, k, v in parts]
+        bands.append(torch.cat(band, dim=3))
+    return torch.cat(bands, dim=2).flatten(2, 3)
+
+
+def _sizes(count: int, window: int) -> dict[int, int]:
+    """Of that many rows, how many belong to whole windows, and how many to cut ones; each with its size."""
+    whole = count - count % window
+    return {rows: size for rows, size in ((whole, window), (count - whole, count - whole)) if rows}
+
+
+def _attend_within(q: Tensor, k: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+    """Attention of [B, heads, rows, columns, d] within windows of that size, which divides the whole."""
+    batch, _, rows, _, _ = q.shape
 
     def cut(x: Tensor) -> Tensor:
-        """[B, heads, N, d] -> [B * windows, heads, window * window, d], filled up with zeros."""
-        x = F.pad(x.unflatten(2, grid), (0, 0, 0, beside, 0, below))
-        x = x.unflatten(3, (-1, window)).unflatten(2, (-1, window))  # [B, heads, wr, window, wc, window, d]
+        """-> [B * windows, heads, height * width, d]."""
+        x = x.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # [B, heads, wr, height, wc, width, d]
         return x.permute(0, 2, 4, 1, 3, 5, 6).flatten(4, 5).flatten(0, 2)
 
-    real = None
-    if below or beside:
-        real = (
-            cut(q.new_ones(len(q), 1, rows * columns, 1)).transpose(-1, -2) > 0
-        )  # [B * windows, 1, 1, window^2]
-    out = F.scaled_dot_product_attention(cut(q), cut(k), cut(v), attn_mask=real)
-    out = out.unflatten(2, (window, window)).unflatten(0, (len(q), (rows + below) // window, -1))
-    out = (
-        out.permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
-    )  # [B, heads, rows + below, columns + beside, d]
-    return out[:, :, :rows, :columns].flatten(2, 3)
+    out = ops.attention(cut(q), cut(k), cut(v))
+    out = out.unflatten(2, (height, width)).unflatten(0, (batch, rows // height, -1))
+    return out.permute(0, 3, 1, 4, 2, 5, 6).flatten(4, 5).flatten(2, 3)
 
 
 def _tower(vit: ViTConfig) -> Any:

@@ -27,6 +27,7 @@ from timm.models import eva, get_pretrained_cfg, vision_transformer
 from torch import Tensor
 
 from vfmvae.encoders.base import EncoderConfig, FrozenEncoder, Preprocessing, ViTConfig
+from vfmvae.encoders.timm_attention import use_ops_attention
 from vfmvae.encoders.weights import check_names
 
 OWN_PREFIX = "trunk."
@@ -82,6 +83,7 @@ class TimmEncoder(FrozenEncoder):
             multiple=patch_size,
             pixels=family.preprocessing,
         )
+        use_ops_attention(trunk)
         self.family = family
         self.trunk = trunk
         self.image_size: int = trunk.patch_embed.img_size[0]  # that the position embedding is made for

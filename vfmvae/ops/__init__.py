@@ -5,7 +5,7 @@ reference, or the name of one implementation (see `vfmvae.ops.dispatch`).
 """
 
 from vfmvae.ops.alignment import vf_alignment_loss
-from vfmvae.ops.attention import attention
+from vfmvae.ops.attention import attention, attention_choices
 from vfmvae.ops.batch_norm import local_batch_norm
 from vfmvae.ops.conv import depthwise_conv2d, pointwise_conv2d
 from vfmvae.ops.conv_norm import depthwise_group_norm
@@ -25,6 +25,7 @@ __all__ = [
     "Fused",
     "NormedLinear",
     "attention",
+    "attention_choices",
     "channel_rms_norm",
     "depthwise_conv2d",
     "depthwise_group_norm",

@@ -12,8 +12,8 @@ or None. A missing package, build or device is an objection like any other; it i
 What True chose is logged through `vfmvae.ops`, once per operation and reasons: as a WARNING where the tensors
 are on a CUDA device and an implementation made for it cannot run, either because this installation lacks its
 part (Triton, or the extension's CUDA code), which installing it would mend, or because of the dtype, the size
-or the card, so that plain PyTorch runs; else at DEBUG. So the CPU is silent, and so is the choice of what is
-faster (`why_not_first`).
+or the card, so that plain PyTorch runs; else at the operation's `level`. So the CPU is silent, and so is the
+choice of what is faster (`why_not_first`).
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class Op:
     name: str
     reference: Callable[..., Any]
     implementations: tuple[Implementation, ...] = ()
+    level: int = logging.DEBUG
+    """Of what is logged of choices that are no warning."""
     _logged: set[str] = field(default_factory=set, repr=False)
 
     def __call__(self, fused: Fused, *args: Any) -> Any:
@@ -73,17 +75,26 @@ class Op:
             return self.reference
         if isinstance(fused, str):
             return self._by_name(fused, *args)
+        found, refused = self._first(args)
+        self._log_once(found.name if found else "reference", refused, args)
+        return found.run if found else self.reference
+
+    def explain(self, *args: Any) -> tuple[str, dict[str, str]]:
+        """What True runs for these arguments, and what would come before it with its objection."""
+        found, refused = self._first(args)
+        return found.name if found else "reference", {r.implementation.name: r.objection for r in refused}
+
+    def _first(self, args: tuple[Any, ...]) -> tuple[Implementation | None, list[_Refusal]]:
+        """The first implementation without an objection, and those before it."""
         refused: list[_Refusal] = []
         for implementation in self.implementations:
             objection = implementation.why_not(*args)
             cannot = objection is not None
             objection = objection or implementation.why_not_first(*args)
             if objection is None:
-                self._log_once(implementation.name, refused, args)
-                return implementation.run
+                return implementation, refused
             refused.append(_Refusal(implementation, objection, cannot))
-        self._log_once("reference", refused, args)
-        return self.reference
+        return None, refused
 
     def names(self) -> list[str]:
         """Every value besides True and False that `fused` may take."""
@@ -111,7 +122,7 @@ class Op:
         if any(r.worth_a_warning(chosen, args) for r in refused):
             logger.warning(f"fused {self.name} runs as {chosen!r}, which is slower here ({reasons})")
         else:
-            logger.debug(line)
+            logger.log(self.level, line)
 
 
 class _Refusal(NamedTuple):
@@ -125,7 +136,6 @@ class _Refusal(NamedTuple):
         x = next((a for a in args if isinstance(a, Tensor) and a.is_cuda), None)
         if x is None or not self.cannot or self.implementation.name == "cpu":
             return False
-        if self.objection in (native.why_no_triton(x), native.why_no_cuda_code(x)):
-            return True
-        # One that could run but would not be the first choice is no loss.
-        return chosen in PLAIN and self.implementation.why_not_first(*args) is None
+        if self.implementation.why_not_first(*args) is not None:
+            return False  # it would not be the first choice if it could run
+        return self.objection in (native.why_no_triton(x), native.why_no_cuda_code(x)) or chosen in PLAIN
