@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -11,16 +10,19 @@ from torch import Tensor, nn
 
 from vfmvae.config import TrainConfig
 from vfmvae.data import Request, load_batches, open_data
-from vfmvae.discriminators import PatchDiscriminator, ProjectedDiscriminator
 from vfmvae.discriminators.blur import Blur, blur_sigma, reach_of
-from vfmvae.discriminators.layers import LocalBatchNorm
-from vfmvae.encoders import build_encoder
-from vfmvae.losses.perceptual import LPIPS, VGG16, PerceptualNetwork, perceptual_network
 from vfmvae.losses.schedule import WeightSchedule
-from vfmvae.tokenizer import Tokenizer
-from vfmvae.tokenizer.parts import part_modules, set_trained
+from vfmvae.tokenizer.parts import set_trained
+from vfmvae.train_networks import (
+    build_forward,
+    build_games,
+    build_perceptual,
+    evaluation_distances,
+    never_trained,
+    take_snapshot,
+)
 from vfmvae.training.adaptive import BALANCED_TERMS, LIMITS, AdaptiveWeight, Balanced
-from vfmvae.training.adversary import TERMS_OF, Adversary, PatchAdversary, ProjectedAdversary
+from vfmvae.training.adversary import TERMS_OF, Adversary
 from vfmvae.training.companion import Companion
 from vfmvae.training.companion import check_new as check_companion
 from vfmvae.training.device import compute_dtype, keep_freed_memory, pick_device, set_precision
@@ -28,7 +30,7 @@ from vfmvae.training.distributed import mean_over_ranks, rank, world_size
 from vfmvae.training.draws import StandingDraws, StepDraws
 from vfmvae.training.ema import EMA, ema_beta
 from vfmvae.training.evaluation import HELD_OUT_IMAGES, Evaluation, evaluate
-from vfmvae.training.forward import Snapshot, TrainingForward
+from vfmvae.training.forward import Snapshot
 from vfmvae.training.guard import BufferGuard, StepGuard
 from vfmvae.training.objective import Weights
 from vfmvae.training.optim import (
@@ -42,13 +44,6 @@ from vfmvae.training.optim import (
 from vfmvae.training.rates import parameter_groups
 from vfmvae.training.recording import StandingInputs, check_recordable
 from vfmvae.training.reduction import reducing, replicated
-from vfmvae.training.regions import (
-    compile_blocks,
-    decoder_blocks,
-    encoder_blocks,
-    recompute_blocks,
-    shard,
-)
 from vfmvae.training.stages import TERMS, Place, StageConfig
 from vfmvae.training.state import TrainingState
 
@@ -101,13 +96,13 @@ class Job:
         self.data = open_data(config.data, "train", resolution, config.seed)
         self.held_out = open_data(config.data, "validation", resolution, config.seed)
         self._dtype = compute_dtype(config.dtype, self.device)
-        self.forward = self._build_forward("pretrained" if pretrained else None)
+        self.forward = build_forward(config, self.device, self._dtype, pretrained)
         self.tokenizer = self.forward.tokenizer
         self.model: nn.Module = self.forward
-        self.perceptual = self._build_perceptual()
-        self.distances = self._build_distances()
+        self.perceptual = build_perceptual(config, self.device, self._dtype or torch.float32, pretrained)
+        self.distances = evaluation_distances(config, self.device, self.perceptual)
         self.adversaries = self._build_adversaries()
-        frozen = self._never_trained()
+        frozen = never_trained(config, self.tokenizer)
         self.ema = EMA(self.tokenizer, frozen)
         self.guard = self._guard()
         self.buffers = BufferGuard(self.tokenizer)
@@ -135,79 +130,16 @@ class Job:
 
     # Building
 
-    @property
-    def _sharded(self) -> bool:
-        return self.config.engine.parallel == "fsdp" and world_size() > 1
-
-    def _build_forward(self, encoder_weights: str | None) -> TrainingForward:
-        torch.manual_seed(self.config.seed)
-        tokenizer = Tokenizer(self.config.tokenizer, encoder_weights, self.config.fused)
-        tokenizer.train().to(self.device).compute_dtype = self._dtype
-        forward, engine = TrainingForward(tokenizer), self.config.engine
-        of_encoder, of_decoder = encoder_blocks(tokenizer.encoder), decoder_blocks(tokenizer)
-        if self._sharded:
-            shard(forward, [of_encoder, of_decoder], methods=["reconstruct"])
-        if engine.recompute:
-            recompute_blocks(of_decoder, engine.compile)
-        else:
-            compile_blocks(of_decoder, engine.compile)
-        compile_blocks(of_encoder, engine.compile)
-        return forward
-
-    def _build_perceptual(self) -> PerceptualNetwork | None:
-        if not any(stage.losses.perceptual for stage in self.config.stages):
-            return None
-        options, dtype = self.config.perceptual, self._dtype or torch.float32
-        network: PerceptualNetwork
-        if options.network == "lpips-vgg" and not self.pretrained:
-            network = LPIPS(VGG16(), dtype)
-        else:
-            network = perceptual_network(options.network, options.weights, dtype)
-        return network.to(self.device).requires_grad_(False)
-
-    def _build_distances(self) -> dict[str, PerceptualNetwork]:
-        """What evaluation measures beside PSNR and SSIM: LPIPS where the loss is that, else by `mini`."""
-        if self.perceptual is not None and self.config.perceptual.network == "lpips-vgg":
-            return {"lpips": self.perceptual}
-        return {"mini_distance": perceptual_network("mini").to(self.device).requires_grad_(False)}
-
     def _build_adversaries(self) -> list[Adversary]:
         """The discriminators that some stage plays against."""
-        adversaries = []
-        dtype = self._dtype or torch.float32
-        for number, (name, terms) in enumerate(TERMS_OF.items(), start=1):
-            stages = [s for s in self.config.stages if any(getattr(s.losses, term) for term in terms)]
-            if not stages:
-                continue
-            # A seed of its own, so that a discriminator does not change how the tokenizer begins.
-            torch.manual_seed(self.config.seed + number)
-            game: ProjectedAdversary | PatchAdversary
-            if name == "projected":
-                weights = "pretrained" if self.pretrained else None
-                game = ProjectedAdversary(ProjectedDiscriminator(self.config.discriminator, weights, dtype))
-            else:
-                game = PatchAdversary(PatchDiscriminator(dtype=dtype))
-            game.to(self.device)
-            for module in game.modules():
-                if isinstance(module, LocalBatchNorm):
-                    module.fused = self.config.fused
+        adversaries, graphs = [], self.config.engine.graphs
+        for name, game, stage in build_games(
+            self.config, self.device, self._dtype or torch.float32, self.pretrained
+        ):
             parameters = [p for p in game.parameters() if p.requires_grad]
-            optimizer = build_optimizer(
-                stages[0].discriminator_optimizer, parameters, capturable=self.config.engine.graphs
-            )
+            optimizer = build_optimizer(stage.discriminator_optimizer, parameters, capturable=graphs)
             adversaries.append(Adversary(name, game, replicated(game, self.device), optimizer, self._guard()))
         return adversaries
-
-    def _never_trained(self) -> tuple[str, ...]:
-        """Prefixes of the tokenizer's parameters that no stage trains."""
-        trained: set[int] = set()
-        for stage in self.config.stages:
-            for part in stage.trains:
-                trained |= {id(p) for m in part_modules(self.tokenizer, part) for p in m.parameters()}
-        never = [name for name, p in self.tokenizer.named_parameters() if id(p) not in trained]
-        encoder = "encoder."
-        whole = all(id(p) not in trained for p in self.tokenizer.encoder.parameters())
-        return (encoder, *(n for n in never if not n.startswith(encoder))) if whole else tuple(never)
 
     def _guard(self) -> StepGuard:
         return StepGuard(self.config.safety, self.device, scaled=self._dtype == torch.float16)
@@ -260,7 +192,9 @@ class Job:
                 stage.discriminator_optimizer, a.parameters, a.optimizer, capturable=self.config.engine.graphs
             )
             self.state.optimizers[a.name] = a.optimizer
-        self.snapshot = self._take_snapshot(stage) if stage.losses.preservation else None
+        self.snapshot = None
+        if stage.losses.preservation:
+            self.snapshot = take_snapshot(self.config, self.tokenizer, stage, self.device)
         self.state.optimizers["tokenizer"] = self.optimizer
         self.state.modules.pop("snapshot", None)
         if self.snapshot is not None:
@@ -272,21 +206,6 @@ class Job:
         self.state.numbers |= {"stage": number, "measured": []}
         if self.config.engine.parallel == "ddp":
             self.model = replicated(self.forward, self.device)
-
-    def _take_snapshot(self, stage: StageConfig) -> Snapshot:
-        """The tokenizer's encoder side as it is now."""
-        encoder = self.tokenizer.encoder
-        fusion, bottleneck = copy.deepcopy(self.tokenizer.fusion), copy.deepcopy(self.tokenizer.bottleneck)
-        if "encoder" not in stage.trains:
-            return Snapshot(fusion, bottleneck)
-        # FSDP2 does not copy modules.
-        copied = build_encoder(encoder.config, None) if self._sharded else copy.deepcopy(encoder)
-        snapshot, blocks = Snapshot(fusion, bottleneck, copied.to(self.device)), encoder_blocks(copied)
-        if self._sharded:
-            shard(snapshot, [blocks])
-            copied.load_state_dict(encoder.state_dict())
-        compile_blocks(blocks, self.config.engine.compile)
-        return snapshot
 
     def check_position(self, step: int, stage: int) -> None:
         """ValueError unless a run that did `step` updates, the last in `stage`, can go on by this plan."""
