@@ -98,3 +98,10 @@ def test_older_cards_are_refused(
 def test_what_it_refuses_is_said(query: torch.Tensor, key: torch.Tensor, sentence: str) -> None:
     with pytest.raises(ValueError, match=f"'triton' cannot be used here.*({sentence})"):
         ops.attention(query, key, key, fused="triton")
+
+
+@pytest.mark.gpu
+def test_what_computes_attention_on_a_gpu() -> None:
+    found = ops.attention_choices(torch.device("cuda"), torch.bfloat16)
+    assert found["fusion"][0] == "triton" and found["decoder"][0] == "triton"
+    assert found["encoder"][0] != "triton", "libraries are faster without null key and mean"
