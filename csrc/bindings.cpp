@@ -31,9 +31,9 @@ PYBIND11_MODULE(_C, module) {
          uintptr_t expand_bias, uintptr_t contract, uintptr_t contract_bias, uintptr_t out,
          const std::string& dtype, int64_t batch, int64_t pixels, int64_t channels, int64_t hidden,
          int threads) {
-        vfmvae::modulated_mlp_cpu(
-            x, residual, {style, demodulation, expand, expand_bias, contract, contract_bias}, out, dtype, batch,
-            pixels, channels, hidden, threads);
+        vfmvae::modulated_mlp_cpu(x, residual,
+                                  {style, demodulation, expand, expand_bias, contract, contract_bias}, out,
+                                  dtype, batch, pixels, channels, hidden, threads);
       },
       py::kw_only(), "x"_a, "residual"_a, "style"_a, "demodulation"_a, "expand"_a, "expand_bias"_a,
       "contract"_a, "contract_bias"_a, "out"_a, "dtype"_a, "batch"_a, "pixels"_a, "channels"_a, "hidden"_a,
@@ -58,18 +58,19 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "group_norm_cpu",
       [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t rstd, uintptr_t out,
-         const std::string& dtype, int64_t batch, int64_t pixels, int64_t channels, int64_t groups, double eps,
-         const std::string& activation, int threads) {
-        vfmvae::group_norm_cpu({x, weight, bias, mean, rstd, out}, dtype, batch, pixels, channels, groups, eps,
-                               activation, threads);
+         const std::string& dtype, int64_t batch, int64_t pixels, int64_t channels, int64_t groups,
+         double eps, const std::string& activation, int threads) {
+        vfmvae::group_norm_cpu({x, weight, bias, mean, rstd, out}, dtype, batch, pixels, channels, groups,
+                               eps, activation, threads);
       },
       py::kw_only(), "x"_a, "weight"_a, "bias"_a, "mean"_a, "rstd"_a, "out"_a, "dtype"_a, "batch"_a,
       "pixels"_a, "channels"_a, "groups"_a, "eps"_a, "activation"_a, "threads"_a, no_gil);
   module.def(
       "group_norm_backward_cpu",
       [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t mean, uintptr_t rstd, uintptr_t grad,
-         uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias, const std::string& dtype, int64_t batch,
-         int64_t pixels, int64_t channels, int64_t groups, const std::string& activation, int threads) {
+         uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias, const std::string& dtype,
+         int64_t batch, int64_t pixels, int64_t channels, int64_t groups, const std::string& activation,
+         int threads) {
         vfmvae::group_norm_backward_cpu({x, weight, bias, mean, rstd, grad_x}, grad, grad_weight, grad_bias,
                                         dtype, batch, pixels, channels, groups, activation, threads);
       },
@@ -110,9 +111,9 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "ssim_gradient_cpu",
       [](uintptr_t grad, uintptr_t image, uintptr_t other, uintptr_t map, uintptr_t map_p, uintptr_t map_q,
-         uintptr_t out, const Strides& image_strides, const Strides& other_strides, const Strides& out_strides,
-         const std::string& dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
-         int threads) {
+         uintptr_t out, const Strides& image_strides, const Strides& other_strides,
+         const Strides& out_strides, const std::string& dtype, int64_t batch, int64_t channels,
+         int64_t height, int64_t width, int threads) {
         vfmvae::ssim_gradient_cpu({grad, image, other, map, map_p, map_q, out}, image_strides, other_strides,
                                   out_strides, dtype, batch, channels, height, width, threads);
       },
@@ -174,8 +175,8 @@ PYBIND11_MODULE(_C, module) {
          uintptr_t partials, uintptr_t out, const Strides& a_strides, const Strides& b_strides,
          const std::string& dtype, int64_t batch, int64_t channels, int64_t height, int64_t width,
          double data_range, int device, uintptr_t stream) {
-        vfmvae::ssim_cuda({a, b, map_p, map_q, map_a, map_b, partials, out}, a_strides, b_strides, dtype, batch,
-                          channels, height, width, data_range, device, stream);
+        vfmvae::ssim_cuda({a, b, map_p, map_q, map_a, map_b, partials, out}, a_strides, b_strides, dtype,
+                          batch, channels, height, width, data_range, device, stream);
       },
       py::kw_only(), "a"_a, "b"_a, "map_p"_a, "map_q"_a, "map_a"_a, "map_b"_a, "partials"_a, "out"_a,
       "a_strides"_a, "b_strides"_a, "dtype"_a, "batch"_a, "channels"_a, "height"_a, "width"_a, "data_range"_a,
@@ -183,9 +184,9 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "ssim_gradient_cuda",
       [](uintptr_t grad, uintptr_t image, uintptr_t other, uintptr_t map, uintptr_t map_p, uintptr_t map_q,
-         uintptr_t out, const Strides& image_strides, const Strides& other_strides, const Strides& out_strides,
-         const std::string& dtype, int64_t batch, int64_t channels, int64_t height, int64_t width, int device,
-         uintptr_t stream) {
+         uintptr_t out, const Strides& image_strides, const Strides& other_strides,
+         const Strides& out_strides, const std::string& dtype, int64_t batch, int64_t channels,
+         int64_t height, int64_t width, int device, uintptr_t stream) {
         vfmvae::ssim_gradient_cuda({grad, image, other, map, map_p, map_q, out}, image_strides, other_strides,
                                    out_strides, dtype, batch, channels, height, width, device, stream);
       },

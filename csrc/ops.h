@@ -50,9 +50,9 @@ void depthwise_conv_cuda(const DepthwiseTensors& tensors, const std::string& dty
 
 // Addresses of float32 tensors, E hidden channels.
 struct ModulatedMlpWeights {
-  uintptr_t style, demodulation;          // [B, C], [B, E]
-  uintptr_t expand, expand_bias;          // [E, C], [E]
-  uintptr_t contract, contract_bias;      // [C, E], [C]
+  uintptr_t style, demodulation;      // [B, C], [B, E]
+  uintptr_t expand, expand_bias;      // [E, C], [E]
+  uintptr_t contract, contract_bias;  // [C, E], [C]
 };
 // `x` has the dtype of the op's x, the others are float32 and as those of the weights; where `expand` is 0,
 // gradients of expand, contract and their biases are not computed.
@@ -73,8 +73,8 @@ void modulated_mlp_backward_cpu(uintptr_t x, uintptr_t grad, const ModulatedMlpW
 
 // Addresses. x and out have the dtype of the op, the others are float32.
 struct GroupNormTensors {
-  uintptr_t x, weight, bias;   // [B, pixels, C], [C], [C]
-  uintptr_t mean, rstd, out;   // [B, groups] twice, [B, pixels, C]
+  uintptr_t x, weight, bias;  // [B, pixels, C], [C], [C]
+  uintptr_t mean, rstd, out;  // [B, groups] twice, [B, pixels, C]
 };
 
 // out = activation((x - mean) * rstd * weight + bias) with the mean and 1 / sqrt(variance + eps) of every
@@ -117,14 +117,15 @@ void group_norm_backward_cuda(const GroupNormCudaTensors& tensors, const GroupNo
                               const std::string& dtype, int64_t batch, int64_t pixels, int64_t channels,
                               int64_t groups, const std::string& activation, int device, uintptr_t stream);
 
-// Addresses: maps a, b of the dtype of the op, [B, P, C] with dense channels; weights [C] float32, or 0 for ones.
+// Addresses: maps a, b of the dtype of the op, [B, P, C] with dense channels; weights [C] float32, or 0 for
+// ones.
 struct LpipsTensors {
   uintptr_t a, b, weights;
   uintptr_t out;
 };
 
-// out [B] float32 = mean over positions of sum over channels of weights * (a / (|a| + 1e-10) - the same of b)^2;
-// strides are those of sample and position. Sums are in float32.
+// out [B] float32 = mean over positions of sum over channels of weights * (a / (|a| + 1e-10) - the same of
+// b)^2; strides are those of sample and position. Sums are in float32.
 void lpips_cpu(const LpipsTensors& tensors, const std::array<int64_t, 2>& a_strides,
                const std::array<int64_t, 2>& b_strides, const std::string& dtype, int64_t batch,
                int64_t positions, int64_t channels, int threads);
@@ -133,8 +134,8 @@ void lpips_gradient_cpu(const LpipsTensors& tensors, uintptr_t grad, const std::
                         const std::array<int64_t, 2>& b_strides, const std::string& dtype, int64_t batch,
                         int64_t positions, int64_t channels, int threads);
 
-// Addresses for ssim. a and b have the dtype of the op, the others are float32; what ssim.h calls the maps P, Q
-// and M of a and of b is [B, C, H - 10, W - 10]. Those of M may be 0, and all of them: not computed.
+// Addresses for ssim. a and b have the dtype of the op, the others are float32; what ssim.h calls the maps P,
+// Q and M of a and of b is [B, C, H - 10, W - 10]. Those of M may be 0, and all of them: not computed.
 struct SsimTensors {
   uintptr_t a, b;
   uintptr_t map_p, map_q, map_a, map_b;
@@ -152,8 +153,8 @@ struct SsimGradient {
 // Partial sums of one sample in the CUDA form.
 int64_t ssim_partials(int64_t channels, int64_t height, int64_t width);
 
-// out = mean structural similarity of each pair of images [B, C, H, W], H and W at least 11, whose elements lie
-// wherever the strides say. Sums are in float32.
+// out = mean structural similarity of each pair of images [B, C, H, W], H and W at least 11, whose elements
+// lie wherever the strides say. Sums are in float32.
 void ssim_cuda(const SsimTensors& tensors, const std::array<int64_t, 4>& a_strides,
                const std::array<int64_t, 4>& b_strides, const std::string& dtype, int64_t batch,
                int64_t channels, int64_t height, int64_t width, double data_range, int device,
@@ -166,9 +167,9 @@ void ssim_gradient_cuda(const SsimGradient& tensors, const std::array<int64_t, 4
                         const std::array<int64_t, 4>& out_strides, const std::string& dtype, int64_t batch,
                         int64_t channels, int64_t height, int64_t width, int device, uintptr_t stream);
 void ssim_gradient_cpu(const SsimGradient& tensors, const std::array<int64_t, 4>& image_strides,
-                       const std::array<int64_t, 4>& other_strides,
-                       const std::array<int64_t, 4>& out_strides, const std::string& dtype, int64_t batch,
-                       int64_t channels, int64_t height, int64_t width, int threads);
+                       const std::array<int64_t, 4>& other_strides, const std::array<int64_t, 4>& out_strides,
+                       const std::string& dtype, int64_t batch, int64_t channels, int64_t height,
+                       int64_t width, int threads);
 
 // Whether this processor multiplies matrices of bfloat16 faster than those of float32.
 bool cpu_multiplies_bfloat16();

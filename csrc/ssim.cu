@@ -2,14 +2,13 @@
 // the first one leaves (ssim.h).
 //
 // A block takes a tile of positions of one plane. Its threads stage the tile with the window's halo in shared
-// memory; then a warp's lanes own a row each and blur a run of columns across, and then a column each and blur
-// a run of rows down. Both times a value that is read enters all the sums of its run, in registers. The
+// memory; then a warp's lanes own a row each and blur a run of columns across, and then a column each and
+// blur a run of rows down. Both times a value that is read enters all the sums of its run, in registers. The
 // gradient is the same blur of other numbers, with a halo on the other side. Blocks leave partial sums, which
 // a second kernel adds up in order: no atomics, the result is deterministic.
-#include "ssim.h"
-
 #include "launch.cuh"
 #include "ops.h"
+#include "ssim.h"
 #include "vec.cuh"
 
 namespace vfmvae {
@@ -66,7 +65,8 @@ __device__ __forceinline__ float shift_of_tile(const Image<const T>& image, cons
   return sum / kShiftPixels;
 }
 
-// Calls stage(row, column) for every element of the staged tile, neighbouring threads in neighbouring columns.
+// Calls stage(row, column) for every element of the staged tile, neighbouring threads in neighbouring
+// columns.
 template <typename Stage>
 __device__ __forceinline__ void for_staged(const Stage& stage) {
   for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
@@ -77,7 +77,8 @@ __device__ __forceinline__ void for_staged(const Stage& stage) {
 
 // Rows: `expand` makes the M terms that are blurred of the N numbers of a pixel.
 template <int N, int M, typename Expand>
-__device__ __forceinline__ void blur_across(const Staged<N>& staged, Across<M>& across, const Expand& expand) {
+__device__ __forceinline__ void blur_across(const Staged<N>& staged, Across<M>& across,
+                                            const Expand& expand) {
   const int row = threadIdx.x % 32, first = threadIdx.x / 32 * kRun;
   float sums[M][kRun] = {};
 #pragma unroll
@@ -146,7 +147,8 @@ __global__ void __launch_bounds__(kThreads, 7)
   const Tile tile = this_tile(size.channels, tiles_y, tiles_x);
   const T* plane_a = a.plane(tile.sample, tile.channel);
   const T* plane_b = b.plane(tile.sample, tile.channel);
-  const float shift_a = shift_of_tile(a, plane_a, tile, size), shift_b = shift_of_tile(b, plane_b, tile, size);
+  const float shift_a = shift_of_tile(a, plane_a, tile, size),
+              shift_b = shift_of_tile(b, plane_b, tile, size);
   for_staged([&](int row, int column) {
     const int y = tile.y + row, x = tile.x + column;
     const bool inside = y < size.height && x < size.width;

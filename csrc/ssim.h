@@ -3,13 +3,14 @@
 //
 // With weighted means over the window at p and the difference d = a - b, the index is S = L * T,
 //     L = (2 mean_a mean_b + c1) / (mean_a^2 + mean_b^2 + c1) = 1 - mean_d^2 / (mean_a^2 + mean_b^2 + c1)
-//     T = (2 covariance + c2) / (variance_a + variance_b + c2) = 1 - variance_d / (variance_a + variance_b + c2)
-// The right hand sides lose no digits where images are alike, and take four means instead of five. Variances are
-// taken of a - shift_a and b - shift_b, with an average of some pixels nearby, or they would lose digits where
-// images are flat.
+//     T = (2 covariance + c2) / (variance_a + variance_b + c2) = 1 - variance_d / (variance_a + variance_b +
+//     c2)
+// The right hand sides lose no digits where images are alike, and take four means instead of five. Variances
+// are taken of a - shift_a and b - shift_b, with an average of some pixels nearby, or they would lose digits
+// where images are flat.
 //
-// A pixel b[q] enters the mean at p with the tap g(p, q), variance_b with 2 g (b[q] - mean_b) and variance_d with
-// -2 g (d[q] - mean_d). So its gradient is three sums over positions, and that of a likewise with -d:
+// A pixel b[q] enters the mean at p with the tap g(p, q), variance_b with 2 g (b[q] - mean_b) and variance_d
+// with -2 g (d[q] - mean_d). So its gradient is three sums over positions, and that of a likewise with -d:
 //     sum g M + 2 b[q] sum g P - 2 d[q] sum g Q
 // where P = dS / d (variance_a + variance_b), Q = dS / d variance_d and M = dS / d mean_b - 2 P mean_b +
 // 2 Q mean_d.

@@ -1,7 +1,7 @@
 // The distance of two feature maps on the CPU, and its gradient: kernels/lpips.py as loops over rows.
 //
-// A row holds the channels of one position and lies in the first cache while it is read two or three times. Rows
-// are shared among threads in runs whose sums are added up in order. Compiled without contraction to
+// A row holds the channels of one position and lies in the first cache while it is read two or three times.
+// Rows are shared among threads in runs whose sums are added up in order. Compiled without contraction to
 // multiply-adds (CMakeLists.txt): equal vectors then have a distance of exactly 0.
 #include <algorithm>
 #include <array>
@@ -108,14 +108,14 @@ struct Gradient {
       float of_x, of_other;
       squares_of<LANES>(own, others, channels, &of_x, &of_other);
       const InverseLength scale(of_x), scale_other(of_other);
-      const auto slope_at = [&](int64_t c, int64_t count, Floats<LANES>* value,
-                                Floats<LANES>* slope) VFMVAE_INLINE_BODY {
-        Floats<LANES> y, weight;
-        get<LANES>(own + c, count, value);
-        get<LANES>(others + c, count, &y);
-        get<LANES>(weights + c, count, &weight);
-        *slope = weight * (*value * scale.offset - y * scale_other.offset);
-      };
+      const auto slope_at = [&](int64_t c, int64_t count, Floats<LANES>* value, Floats<LANES>* slope)
+                                VFMVAE_INLINE_BODY {
+                                  Floats<LANES> y, weight;
+                                  get<LANES>(own + c, count, value);
+                                  get<LANES>(others + c, count, &y);
+                                  get<LANES>(weights + c, count, &weight);
+                                  *slope = weight * (*value * scale.offset - y * scale_other.offset);
+                                };
       Floats<LANES> products = {};
       for_channels<LANES>(channels, [&](int64_t c, int64_t count) VFMVAE_INLINE_BODY {
         Floats<LANES> value, slope;
@@ -178,8 +178,8 @@ void run_forward(const LpipsTensors& tensors, const std::array<int64_t, 2>& a_st
   std::vector<double> sums(p.batch * p.runs, 0.0);
   for_runs(p, threads, [&](int64_t item, int64_t sample, int64_t first, int64_t rows) {
     for_best_isa<Distance<T>>(rows_at<T>(tensors.a, a_strides, sample, first),
-                              rows_at<T>(tensors.b, b_strides, sample, first), weights.data(), rows, p.channels,
-                              &sums[item]);
+                              rows_at<T>(tensors.b, b_strides, sample, first), weights.data(), rows,
+                              p.channels, &sums[item]);
   });
   for (int64_t sample = 0; sample < p.batch; ++sample) {
     double sum = 0.0;
@@ -193,11 +193,12 @@ void run_gradient(const LpipsTensors& tensors, uintptr_t grad, const std::array<
                   const std::array<int64_t, 2>& other_strides, const Problem& p, int threads) {
   const std::vector<float> weights = weights_of(tensors.weights, p.channels);
   for_runs(p, threads, [&](int64_t, int64_t sample, int64_t first, int64_t rows) {
-    const float factor = 2.0f * reinterpret_cast<const float*>(grad)[sample] / static_cast<float>(p.positions);
-    for_best_isa<Gradient<T>>(rows_at<T>(tensors.a, x_strides, sample, first),
-                              rows_at<T>(tensors.b, other_strides, sample, first), weights.data(), factor, rows,
-                              p.channels,
-                              reinterpret_cast<T*>(tensors.out) + (sample * p.positions + first) * p.channels);
+    const float factor =
+        2.0f * reinterpret_cast<const float*>(grad)[sample] / static_cast<float>(p.positions);
+    for_best_isa<Gradient<T>>(
+        rows_at<T>(tensors.a, x_strides, sample, first), rows_at<T>(tensors.b, other_strides, sample, first),
+        weights.data(), factor, rows, p.channels,
+        reinterpret_cast<T*>(tensors.out) + (sample * p.positions + first) * p.channels);
   });
 }
 

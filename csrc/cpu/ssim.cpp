@@ -1,8 +1,8 @@
 // ssim on the CPU: the same two passes as ssim.cu, written as loops over rows.
 //
 // A plane is cut into strips of rows. A walk down a strip blurs one row of pixels across into a ring of rows
-// that stays in the cache, blurs the ring down into the means of one row of positions, and takes the index from
-// them. The gradient walks over the maps in the same way. A strip's sum does not depend on the number of
+// that stays in the cache, blurs the ring down into the means of one row of positions, and takes the index
+// from them. The gradient walks over the maps in the same way. A strip's sum does not depend on the number of
 // threads, and strips are added up in order.
 #include "../ssim.h"
 
@@ -95,7 +95,8 @@ struct MapsAcross {
 };
 
 template <int LANES, int M>
-VFMVAE_INLINE void blur_down(const float* const (&lines)[kSsimWindow][M], int64_t x, Floats<LANES> (&sums)[M]) {
+VFMVAE_INLINE void blur_down(const float* const (&lines)[kSsimWindow][M], int64_t x,
+                             Floats<LANES> (&sums)[M]) {
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) sums[m] = Floats<LANES>{};
 #pragma GCC unroll 11
@@ -116,8 +117,9 @@ struct MapRows {
 
 struct IndexDown {
   template <int LANES>
-  static VFMVAE_INLINE void run(const float* const (&lines)[kSsimWindow][kSsimMeans], int64_t n, float shift_a,
-                                float shift_d, const SsimConstants& constants, const MapRows& maps, double* sum) {
+  static VFMVAE_INLINE void run(const float* const (&lines)[kSsimWindow][kSsimMeans], int64_t n,
+                                float shift_a, float shift_d, const SsimConstants& constants,
+                                const MapRows& maps, double* sum) {
     Floats<LANES> total = {};
     for (int64_t x = 0; x < n; x += LANES) {
       const int64_t count = n - x < LANES ? n - x : LANES;
@@ -238,28 +240,31 @@ void run_forward(const SsimTensors& tensors, const ImageStrides& a_strides, cons
   const Image<const T> b{reinterpret_cast<const T*>(tensors.b), b_strides};
   const int64_t strips = count_strips(size.valid_height()), width = size.valid_width();
   std::vector<double> sums(size.planes() * strips, 0.0);
-  for_strips(size, size.valid_height(), threads, [&](int64_t item, int64_t plane, int64_t first, int64_t end) {
-    Ring<kSsimMeans> ring(width);
-    std::vector<float> line_a = padded_line(size.width), line_b = padded_line(size.width);
-    const float shift_a = shift_of_rows(a, size, plane, first, end + kSsimHalo);
-    const float shift_b = shift_of_rows(b, size, plane, first, end + kSsimHalo);
-    const float* lines[kSsimWindow][kSsimMeans];
-    for (int64_t y = first; y < end + kSsimHalo; ++y) {
-      read_row(a, size, plane, y, line_a.data());
-      read_row(b, size, plane, y, line_b.data());
-      subtract(shift_a, &line_a, size.width);
-      subtract(shift_b, &line_b, size.width);
-      for_best_isa<StatisticsAcross>(line_a.data(), line_b.data(), width, ring.row(y));
-      const int64_t position = y - kSsimHalo;
-      if (position < first) continue;
-      const int64_t place = (plane * size.valid_height() + position) * width;
-      const auto row_of = [&](uintptr_t map) { return map ? reinterpret_cast<float*>(map) + place : nullptr; };
-      const MapRows maps{row_of(tensors.map_p), row_of(tensors.map_q), row_of(tensors.map_a),
-                         row_of(tensors.map_b)};
-      ring.window(y, lines);
-      for_best_isa<IndexDown>(lines, width, shift_a, shift_a - shift_b, constants, maps, &sums[item]);
-    }
-  });
+  for_strips(
+      size, size.valid_height(), threads, [&](int64_t item, int64_t plane, int64_t first, int64_t end) {
+        Ring<kSsimMeans> ring(width);
+        std::vector<float> line_a = padded_line(size.width), line_b = padded_line(size.width);
+        const float shift_a = shift_of_rows(a, size, plane, first, end + kSsimHalo);
+        const float shift_b = shift_of_rows(b, size, plane, first, end + kSsimHalo);
+        const float* lines[kSsimWindow][kSsimMeans];
+        for (int64_t y = first; y < end + kSsimHalo; ++y) {
+          read_row(a, size, plane, y, line_a.data());
+          read_row(b, size, plane, y, line_b.data());
+          subtract(shift_a, &line_a, size.width);
+          subtract(shift_b, &line_b, size.width);
+          for_best_isa<StatisticsAcross>(line_a.data(), line_b.data(), width, ring.row(y));
+          const int64_t position = y - kSsimHalo;
+          if (position < first) continue;
+          const int64_t place = (plane * size.valid_height() + position) * width;
+          const auto row_of = [&](uintptr_t map) {
+            return map ? reinterpret_cast<float*>(map) + place : nullptr;
+          };
+          const MapRows maps{row_of(tensors.map_p), row_of(tensors.map_q), row_of(tensors.map_a),
+                             row_of(tensors.map_b)};
+          ring.window(y, lines);
+          for_best_isa<IndexDown>(lines, width, shift_a, shift_a - shift_b, constants, maps, &sums[item]);
+        }
+      });
   const int64_t of_sample = size.channels * strips;
   for (int64_t sample = 0; sample < size.batch; ++sample) {
     double sum = 0.0;
@@ -288,7 +293,8 @@ void run_gradient(const SsimGradient& tensors, const ImageStrides& image_strides
     }
     const float factor = static_cast<float>(grad[plane / size.channels] / size.positions());
     const float* lines[kSsimWindow][3];
-    for (int64_t y = first - kSsimHalo; y < end; ++y) {  // the row of positions whose windows begin at pixel y
+    for (int64_t y = first - kSsimHalo; y < end;
+         ++y) {  // the row of positions whose windows begin at pixel y
       const bool inside = 0 <= y && y < size.valid_height();
       for (int m = 0; m < 3; ++m) {
         float* target = of_maps[m].data() + kSsimHalo;

@@ -29,16 +29,15 @@ def is_seed(noise: Tensor) -> bool:
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
     """Random words [4, ...] from counters [4, ...] and a key [2]; words are int64 from 0 to 2^32 - 1."""
-    shape = (2, *[1] * (counter.ndim - 1))
-    steps, multipliers = (torch.tensor(m, device=key.device).view(shape) for m in (STEPS, MULTIPLIERS))
-    key = key.view(shape)
-    even, odd = counter[0::2], counter[1::2]
+    x0, x1, x2, x3 = counter
+    key0, key1 = key
     for _ in range(ROUNDS):
-        # The 64 bits of the product are right, though torch takes the first for its sign.
-        product = even * multipliers
-        even, odd = ((product >> 32) & WORD).flip(0) ^ odd ^ key, (product & WORD).flip(0)
-        key = (key + steps) & WORD
-    return torch.stack([even, odd], dim=1).flatten(0, 1)
+        # The 64 bits of a product are right, though torch takes the first for its sign.
+        first, second = x0 * MULTIPLIERS[0], x2 * MULTIPLIERS[1]
+        x0, x1 = ((second >> 32) & WORD) ^ x1 ^ key0, second & WORD
+        x2, x3 = ((first >> 32) & WORD) ^ x3 ^ key1, first & WORD
+        key0, key1 = (key0 + STEPS[0]) & WORD, (key1 + STEPS[1]) & WORD
+    return torch.stack([x0, x1, x2, x3])
 
 
 def seeded_normal(seed: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
