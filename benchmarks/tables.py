@@ -97,6 +97,8 @@ def throughput_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _of_pass(row: dict[str, Any], part: str) -> str:
+    if f"{part}_ms" not in row:
+        return ""  # what is not differentiated has a forward pass alone
     faster = row.get(f"{part}_times_faster")
     ratio = "" if faster is None else f"{faster:.2f}x, "
     return f"{row[f'{part}_ms']:.3f} ({ratio}{row[f'{part}_share']:.0%})"
