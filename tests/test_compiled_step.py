@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-import vfmvae.train_job
+import vfmvae.train_networks
 from tests.tiny_runs import ALL_LOSSES, raise_layer_scales, stage, steps, tiny
 from tests.whole_runs import small_parts
 from vfmvae.tokenizer.decoder import DecoderBlock
@@ -34,8 +34,8 @@ def nothing_compiled() -> Iterator[None]:
 @pytest.fixture
 def last_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling all of them takes minutes on a CPU."""
-    monkeypatch.setattr(vfmvae.train_job, "decoder_blocks", lambda model: [model.decoder.blocks[-1]])
-    monkeypatch.setattr(vfmvae.train_job, "encoder_blocks", lambda encoder: [])
+    monkeypatch.setattr(vfmvae.train_networks, "decoder_blocks", lambda model: [model.decoder.blocks[-1]])
+    monkeypatch.setattr(vfmvae.train_networks, "encoder_blocks", lambda encoder: [])
 
 
 def ready(device: str = "cpu", **engine: Any) -> Job:
@@ -100,7 +100,7 @@ def test_a_recomputed_block_keeps_its_input_alone_when_it_is_compiled(last_block
 
 def test_a_block_is_compiled_for_more_shapes_than_torch_would() -> None:
     block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-    vfmvae.train_job.compile_blocks([block], "default")
+    vfmvae.train_networks.compile_blocks([block], "default")
     for size in range(2, 13):
         block(torch.ones(size, 4))
     assert counters["stats"]["unique_graphs"] == 11

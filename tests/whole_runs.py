@@ -70,7 +70,7 @@ def small_parts() -> Iterator[None]:
     narrow = functools.partial(PatchDiscriminator, 4)
     with (
         mock.patch("vfmvae.training.evaluation.HELD_OUT_IMAGES", 9),
-        mock.patch("vfmvae.train_job.PatchDiscriminator", narrow),
+        mock.patch("vfmvae.train_networks.PatchDiscriminator", narrow),
     ):
         yield
 

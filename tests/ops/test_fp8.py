@@ -75,6 +75,13 @@ def test_no_worse_than_four_bits_of_a_plain_layer() -> None:
     assert 0.03 < (out.double() - truth).norm() / truth.norm() < 0.045
 
 
+def test_autocast_does_not_round_in_between() -> None:
+    x, (weight, scale), bias = torch.randn(5, 48), weights(), torch.randn(32).bfloat16()
+    expected = fp8_linear(x, weight, scale, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fp8_linear(x, weight, scale, bias), expected)
+
+
 def test_torch_multiplies_the_same_numbers() -> None:
     x, (weight, scale) = torch.randn(16, 48), weights()
     values, of_rows = quantise_rows(x)

@@ -87,9 +87,10 @@ def fp8_linear(
 
 def fp8_linear_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     values, of_rows = quantise_rows_reference(x)
-    # A bfloat16 keeps all digits of a float8, and its products with another one are exact in float32.
-    out = F.linear(values.float() * of_rows, weight.float() * scale)
-    return (out if bias is None else out + bias).bfloat16()
+    # Under autocast, as encoders are, the sum would be rounded before the bias is added.
+    with torch.autocast(x.device.type, enabled=False):
+        out = F.linear(values.float() * of_rows, weight.float() * scale)
+        return (out if bias is None else out + bias).bfloat16()
 
 
 def why_no_fp8(device: torch.device) -> str | None:
