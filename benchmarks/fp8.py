@@ -61,7 +61,7 @@ def main() -> None:
         **provenance(device),
         "encoder": encoder.config.name,
         "weights": "random" if options.random else "trained",
-        "tokenizer": options.tokenizer,
+        "tokenizer": Path(options.tokenizer).name if options.tokenizer else None,
         "images": sum(map(len, batches)),
         "pixels": pixels,
         "layers": layer_errors(encoder.config.layers, features),
