@@ -39,6 +39,8 @@ class Case:
     """Tensors whose gradient is the output's, so nothing is written."""
     constant_bytes: int = 0
     """Of what every pass reads and that takes no gradient."""
+    differentiable: bool = True
+    """Else there is a forward pass alone."""
 
     def moved_bytes(self, y: Tensor) -> dict[Pass, float]:
         """Bytes of each pass; y is the output."""

@@ -7,6 +7,7 @@ from functools import partial
 
 import cases_alignment
 import cases_attention
+import cases_fp8
 import cases_fusion
 import cases_perceptual
 import torch
@@ -125,4 +126,5 @@ OPERATIONS = {
     **cases_alignment.OPERATIONS,
     **cases_perceptual.OPERATIONS,
     **cases_attention.OPERATIONS,
+    **cases_fp8.OPERATIONS,
 }

@@ -174,7 +174,9 @@ def race(
                 yield failed(name, error)
             continue
         runs[name], moved = run, case.moved_bytes(y)
-    times: dict[str, dict[Pass, list[float]]] = {name: {part: [] for part in PASSES} for name in runs}
+    times: dict[str, dict[Pass, list[float]]] = {
+        name: {part: [] for part in run} for name, run in runs.items()
+    }
     for _ in range(repeats):
         for name, run in runs.items():
             for part, function in run.items():
@@ -205,9 +207,11 @@ def of_pass(part: Pass, taken_s: float, case: Case, moved: float, ceilings: Ceil
 
 def prepare(case: Case, name: str, tensors: list[Tensor]) -> tuple[Runs, Tensor]:
     """What each pass calls, and the output; ValueError where the implementation objects."""
-    tensors = [t.detach().requires_grad_() for t in tensors]
+    tensors = [t.detach().requires_grad_(case.differentiable) for t in tensors]
     function = compiled(case) if name == COMPILE else partial(case.function, fused=name)
     y = function(*tensors)
+    if not case.differentiable:
+        return {"forward": partial(function, *tensors)}, y
     grad = torch.randn_like(y)
     runs: Runs = {
         "forward": partial(function, *tensors),
@@ -245,6 +249,8 @@ def show(rows: list[dict[str, Any]], where: dict[str, Any]) -> None:
 
 
 def cell(row: dict[str, Any], part: Pass) -> str:
+    if f"{part}_ms" not in row:
+        return ""
     faster = row.get(f"{part}_times_faster", float("nan"))
     return f"{row[f'{part}_ms']:.3f} ({faster:.2f}x, {row[f'{part}_share']:.0%})"
 

@@ -2,8 +2,8 @@
 
     python benchmarks/tables.py FOLDER     puts the results in FOLDER between their markers in the document
 
-NAME.json goes between `<!-- NAME -->` and `<!-- end -->`, for the names that begin with kernels or
-throughput. gpu_suite.py writes the same tables to tables.md in its output folder.
+NAME.json goes between `<!-- NAME -->` and `<!-- end -->`, for the names that begin with kernels, throughput
+or fp8. gpu_suite.py writes the same tables to tables.md in its output folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ WHERE = ("date", "device", "torch", "triton", "threads")
 def main() -> None:
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         raise SystemExit(
-            "usage: python benchmarks/tables.py FOLDER, a folder with kernels-*.json or throughput-*.json"
+            "usage: python benchmarks/tables.py FOLDER, a folder with kernels-*.json, throughput-*.json or"
+            " fp8-*.json"
         )
     document = DOCUMENT.read_text(encoding="utf-8")
     for name, table in tables(Path(sys.argv[1])).items():
@@ -45,6 +46,8 @@ def tables(folder: Path) -> dict[str, str]:
             found[path.stem] = kernels_table(json.loads(path.read_text(encoding="utf-8")))
         elif path.name.startswith("throughput"):
             found[path.stem] = throughput_table(json.loads(path.read_text(encoding="utf-8")))
+        elif path.name.startswith("fp8"):
+            found[path.stem] = fp8_tables(json.loads(path.read_text(encoding="utf-8")))
     return found
 
 
@@ -96,7 +99,23 @@ def throughput_table(rows: Sequence[dict[str, Any]]) -> str:
     return f"{_provenance(rows[0])}; {rows[0]['dtype']}:\n\n{_markdown(head, lines)}"
 
 
+def fp8_tables(result: dict[str, Any]) -> str:
+    """What fp8.py measured: layers, and where there are any reconstructions and times."""
+    where = ", ".join(f"{key} {result[key]}" for key in WHERE[2:] if result.get(key))
+    what = f"{result['encoder']}, {result['weights']} weights,"
+    what += f" {result['images']} images of {result['pixels']} px"
+    text = f"{result['date']}, {result['device']}, {where}; {what}:\n"
+    for rows in (result["layers"], result.get("reconstructions"), [result.get("times_ms", {})]):
+        if rows and rows[0]:
+            head = [name.replace("_", " ") for name in rows[0]]
+            cells = ([v if isinstance(v, str) else f"{v:.4g}" for v in row.values()] for row in rows)
+            text += "\n" + _markdown(head, cells)
+    return text
+
+
 def _of_pass(row: dict[str, Any], part: str) -> str:
+    if f"{part}_ms" not in row:
+        return ""  # what is not differentiated has a forward pass alone
     faster = row.get(f"{part}_times_faster")
     ratio = "" if faster is None else f"{faster:.2f}x, "
     return f"{row[f'{part}_ms']:.3f} ({ratio}{row[f'{part}_share']:.0%})"

@@ -124,6 +124,24 @@ def bfloat16_products_in_the_interpreter() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def float8_casts_in_the_interpreter() -> Iterator[None]:
+    """Triton's interpreter cuts digits off where a GPU rounds, and makes numbers of NaN; PyTorch rounds."""
+    from triton.language import float8e4nv, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) != (float32, float8e4nv):
+            return plain(self, source, target, rounding_mode)
+        rounded = torch.from_numpy(source.data.copy()).to(torch.float8_e4m3fn)
+        return TensorHandle(rounded.view(torch.uint8).numpy(), float8e4nv)
+
+    with mock.patch.object(InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp):
+        yield
+
+
 class Resources(NamedTuple):
     """What one compiled kernel needs. Bytes, except for registers (per thread)."""
 

@@ -112,6 +112,17 @@ def test_parts_and_their_rates_are_checked_in_every_stage() -> None:
             replace(demo(), stages=(first, replace(second, **change)))
 
 
+def test_float8_is_for_encoders_that_no_stage_trains() -> None:
+    first, second = demo().stages
+    engine = EngineConfig(fp8_encoder=True)
+    assert replace(demo(), engine=engine).engine == engine
+    trains = (first, replace(second, trains=("encoder", *second.trains)))
+    with pytest.raises(ValueError, match="'sharpen' trains 'encoder', and engine.fp8_encoder is for frozen"):
+        replace(demo(), stages=trains, engine=engine)
+    with pytest.raises(ValueError, match="fp8_encoder keeps the whole encoder.*'fsdp' shards"):
+        replace(engine, parallel="fsdp")
+
+
 def test_shards_cannot_keep_gradients_apart() -> None:
     first, second = demo().stages
     stages = first, replace(second, trains=("encoder", *second.trains))

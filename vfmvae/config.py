@@ -94,6 +94,11 @@ class TrainConfig:
                 f"stage {stage.name!r}: losses.alignment compares with the encoder's last layer;"
                 f" tokenizer.encoder.layers {self.tokenizer.encoder.layers} lacks -1"
             )
+        if self.engine.fp8_encoder and "encoder" in stage.trains:
+            raise ValueError(
+                f"stage {stage.name!r} trains 'encoder', and engine.fp8_encoder is for frozen ones; turn"
+                f" it off"
+            )
         resolution = self.tokenizer.resolution
         try:
             check_equivariance(stage.equivariance, resolution, INPUT_STRIDE)

@@ -293,6 +293,7 @@ class Run:
         how += [f"engine.accumulate {engine.accumulate}"] if engine.accumulate > 1 else []
         how += ["engine.recompute"] if engine.recompute else []
         how += [f"engine.compile {engine.compile}"] if engine.compile != "off" else []
+        how += ["engine.fp8_encoder"] if engine.fp8_encoder else []
         how += ["engine.graphs"] if engine.graphs else []
         processes = f" x {world_size()} processes ({engine.parallel})" if world_size() > 1 else ""
         self.say(f"computing on {device_name(job.device)}{processes}: {', '.join(how)}")

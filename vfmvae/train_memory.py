@@ -147,6 +147,8 @@ class MetaRun:
         trained = [set(set_trained(self.tokenizer, stage.trains).values()) for stage in stages]
         models = [m for m in (self.tokenizer, self.perceptual, *self.games.values()) if m is not None]
         total = sum(_bytes(x) for model in models for x in (*model.parameters(), *model.buffers()))
+        if self.config.engine.fp8_encoder:  # a byte of each
+            total += _count(p for b in self.tokenizer.encoder.blocks for p in b.parameters())
         total += AVERAGE * _count(set().union(*trained)) + (GRADIENT + MOMENTS) * _count(trained[number])
         for name, game in self.games.items():
             if any(_plays(name, stage) for stage in stages[: number + 1]):

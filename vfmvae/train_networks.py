@@ -15,6 +15,7 @@ from vfmvae.config import TrainConfig
 from vfmvae.discriminators import PatchDiscriminator, ProjectedDiscriminator
 from vfmvae.discriminators.layers import LocalBatchNorm
 from vfmvae.encoders import build_encoder
+from vfmvae.encoders.fp8 import use_fp8
 from vfmvae.losses.perceptual import LPIPS, VGG16, PerceptualNetwork, perceptual_network
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.parts import part_modules
@@ -39,6 +40,8 @@ def build_forward(
     tokenizer = Tokenizer(config.tokenizer, "pretrained" if pretrained else None, config.fused)
     tokenizer.train().to(device).compute_dtype = dtype
     forward, engine = TrainingForward(tokenizer), config.engine
+    if engine.fp8_encoder:
+        use_fp8(tokenizer.encoder)
     of_encoder, of_decoder = encoder_blocks(tokenizer.encoder), decoder_blocks(tokenizer)
     if sharded(config):
         shard(forward, [of_encoder, of_decoder], methods=["reconstruct"])

@@ -64,7 +64,7 @@ def test_a_row_per_implementation(label: str) -> None:
     rows = list(kernels.race(case, operation.op.names(), common.Stopwatch(CPU), 1, CEILINGS))
     assert rows[-1]["implementation"] == "reference" and rows[-1]["forward_times_faster"] == 1
     for row in rows:
-        for part in kernels.PASSES:
+        for part in kernels.PASSES if case.differentiable else ("forward",):
             assert row[f"{part}_share"] == pytest.approx(row[f"{part}_floor_ms"] / row[f"{part}_ms"])
             assert row[f"{part}_bytes"] > 0 and row[f"{part}_flops"] > 0
 

@@ -18,7 +18,7 @@ The layer convention (used in configurations and in `Features.layers`), for a mo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
@@ -169,6 +169,11 @@ class FrozenEncoder(nn.Module):
         self.preprocessing = pixels
         self._multiple = multiple
         self._positions = resolve_layers(config.layers, depth)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks in order; each is run by calling it, so that it can be compiled alone."""
+        raise NotImplementedError
 
     @property
     def image_multiple(self) -> int:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from timm.models import eva, vision_transformer
 from torch import Tensor
 
 from vfmvae import ops
+from vfmvae.encoders.fp8 import linear_with
 
 
 def use_ops_attention(trunk: Any) -> None:
@@ -40,7 +40,7 @@ class _RotaryAttention(eva.EvaAttention):
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         assert attn_mask is None and not is_causal, "blocks of an encoder look at all tokens"
-        if self.qkv is None:
+        if self.qkv is None:  # EVA-CLIP: a product each is large enough for a GPU; names stay as published
             q, k, v = (
                 project(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
                 for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -50,7 +50,7 @@ class _RotaryAttention(eva.EvaAttention):
         else:
             assert self.k_bias is not None and self.v_bias is not None, "biases come together"
             bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
-            q, k, v = _heads(F.linear(x, self.qkv.weight, bias), self.num_heads)
+            q, k, v = _heads(linear_with(self.qkv, x, bias), self.num_heads)
         return _attend(self, q, k, v, rope)
 
 

@@ -16,7 +16,7 @@ Numerics follow the reference code of each family, as Hugging Face transformers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import eva, get_pretrained_cfg, vision_transformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from vfmvae.encoders.base import EncoderConfig, FrozenEncoder, Preprocessing, ViTConfig
 from vfmvae.encoders.timm_attention import use_ops_attention
@@ -88,6 +88,10 @@ class TimmEncoder(FrozenEncoder):
         self.trunk = trunk
         self.image_size: int = trunk.patch_embed.img_size[0]  # that the position embedding is made for
         self.has_class_token: bool = trunk.cls_token is not None
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.trunk.blocks)
 
     def tokens(self, pixels: Tensor, wanted: set[int]) -> tuple[dict[int, Tensor], Tensor]:
         outputs, last = self.all_tokens(pixels, wanted)

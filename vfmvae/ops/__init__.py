@@ -11,6 +11,7 @@ from vfmvae.ops.conv import depthwise_conv2d, pointwise_conv2d
 from vfmvae.ops.conv_norm import depthwise_group_norm
 from vfmvae.ops.convnext import modulated_convnext
 from vfmvae.ops.dispatch import Fused
+from vfmvae.ops.fp8 import fp8_linear, quantise_rows, why_no_fp8
 from vfmvae.ops.fusion import NormedLinear, fusion_projection, normed_geglu
 from vfmvae.ops.gated import geglu
 from vfmvae.ops.gradients import input_gradients_only
@@ -29,6 +30,7 @@ __all__ = [
     "channel_rms_norm",
     "depthwise_conv2d",
     "depthwise_group_norm",
+    "fp8_linear",
     "fusion_projection",
     "gaussian_posterior",
     "geglu",
@@ -41,7 +43,9 @@ __all__ = [
     "modulated_to_rgb",
     "normed_geglu",
     "pointwise_conv2d",
+    "quantise_rows",
     "ssim",
     "upsample_blur",
     "vf_alignment_loss",
+    "why_no_fp8",
 ]

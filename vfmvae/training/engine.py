@@ -29,6 +29,10 @@ class EngineConfig:
     """Keep only the input of each decoder block and compute the rest again in the backward pass."""
     compile: Compile = "off"
     """torch.compile of encoder blocks and decoder blocks."""
+    fp8_encoder: bool = False
+    """Linear layers of the encoder in float8 (vfmvae.encoders.fp8), which changes its features a little. For
+    runs whose stages do not train it, on a GPU of compute capability 8.9 or later. Models are saved with the
+    weights as they were."""
     graphs: bool = False
     """Record each kind of step as a CUDA graph when it comes for the second time, and replay it from then on:
     one for each size and rotation of the equivariance regularisation. On one GPU."""
@@ -46,6 +50,11 @@ class EngineConfig:
             raise ValueError(
                 "engine.graphs records where weights lie, and engine.parallel 'fsdp' gathers them anew each"
                 " time; use one of the two"
+            )
+        if self.fp8_encoder and self.parallel == "fsdp":
+            raise ValueError(
+                "engine.fp8_encoder keeps the whole encoder in each process, and engine.parallel 'fsdp'"
+                " shards it; use one of the two"
             )
         if self.clip_norm < 0:
             raise ValueError(f"engine.clip_norm is {self.clip_norm}; it must not be negative")

@@ -29,10 +29,7 @@ rest plainly."""
 
 def encoder_blocks(encoder: FrozenEncoder) -> list[nn.Module]:
     """The transformer blocks of an encoder, in order."""
-    for module in encoder.modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) == encoder.depth:
-            return list(module)
-    return []
+    return list(encoder.blocks)
 
 
 def decoder_blocks(tokenizer: Tokenizer) -> list[nn.Module]:
