@@ -121,9 +121,14 @@ def test_fused_and_reference_give_the_same_losses(tmp_path: Path) -> None:
     losses = LossWeights(perceptual=0.5, ssim=0.2, adversarial=0.3, alignment=0.5)
     for fused in (True, False):
         run(tiny(stages=(stage(losses, images=4),), fused=fused), tmp_path / str(fused))
-    for fast, plain in zip(lines(tmp_path / "True"), lines(tmp_path / "False"), strict=True):
-        numbers = {name: value for name, value in plain.items() if not isinstance(value, str)}
-        assert {name: fast[name] for name in numbers} == pytest.approx(numbers, rel=1e-3)
+    (first_fast, second_fast), (first, second) = lines(tmp_path / "True"), lines(tmp_path / "False")
+    # Rounding decides which side of a kink (of leaky ReLU) a number lies on: gradients jump, losses do not.
+    # In the second step that has moved the weights.
+    for fast, plain, tolerance in ((first_fast, first, 1e-4), (second_fast, second, 5e-3)):
+        for name, value in plain.items():
+            if not isinstance(value, str):
+                wide = 5e-3 if name == "gradient_norm" else tolerance
+                assert fast[name] == pytest.approx(value, rel=wide), name
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
