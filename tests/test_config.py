@@ -193,6 +193,10 @@ def test_a_resumed_run_may_not_change_what_it_trains(changes: dict[str, object],
             "optimizer.kind of its stage 'sharpen' from adam to adamw",
         ),
         (
+            {"discriminator_optimizer": OptimizerConfig(betas=(0.3, 0.99))},
+            r"discriminator_optimizer.betas of its stage 'sharpen' from \(0.0, 0.99\) to \(0.3, 0.99\)",
+        ),
+        (
             {"optimizer": OptimizerConfig(betas=(0.9, 0.999))},
             r"optimizer.betas of its stage 'sharpen' from \(0.9, 0.99\) to \(0.9, 0.999\)",
         ),

@@ -175,12 +175,12 @@ def _check_same_stages(stages: Sequence[StageConfig], earlier: Sequence[StageCon
                     f" {'on' if on[1] else 'off'} in its stage {stage.name!r}, since checkpoints hold what"
                     f" {name!r} needs; start a new run instead"
                 )
-        for what, a, b in (
-            ("trains", stage.trains, before.trains),
-            ("optimizer.kind", stage.optimizer.kind, before.optimizer.kind),
-            ("optimizer.betas", stage.optimizer.betas, before.optimizer.betas),
-            ("optimizer.implementation", stage.optimizer.implementation, before.optimizer.implementation),
-        ):
+        pairs = [("trains", stage.trains, before.trains)]
+        for name in ("optimizer", "discriminator_optimizer"):
+            now, then = getattr(stage, name), getattr(before, name)
+            for what in ("kind", "betas", "implementation"):
+                pairs.append((f"{name}.{what}", getattr(now, what), getattr(then, what)))
+        for what, a, b in pairs:
             if a != b:
                 raise ValueError(
                     f"a resumed run cannot change {what} of its stage {stage.name!r} from {b} to {a};"
