@@ -41,7 +41,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     """The rate after the warmup: constant, or half a cosine down to 0."""
     implementation: Literal["torch", "triton", "apex"] = "torch"
-    """torch's fused kernels; a kernel of this package, on a GPU, which moves the average of the weights in the
+    """torch's fused kernels; a kernel of this package, on a GPU, that moves the average of the weights in the
     same pass; or FusedAdam of NVIDIA apex, which must be installed. The same mathematics."""
 
     def __post_init__(self) -> None:
