@@ -30,6 +30,8 @@ SHAPES = ((), (0,), (1,), (7,), (2048,), (2049,), (3, 5, 1, 1), (3 * 2048 + 5,),
 BETA = 0.9  # of the averages
 SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6}
 
+DECAYING = SETTINGS | {"weight_decay": 0.1, "decoupled_weight_decay": True}
+
 
 @dataclass
 class Trained:
@@ -197,7 +199,7 @@ def test_memory_layouts() -> None:
 
 
 def test_without_a_gradient_only_the_average_moves() -> None:
-    sides = three_sides()
+    sides = three_sides(DECAYING)
     some = [g if n % 2 else None for n, g in enumerate(randoms())]
     step_all(sides, some)
     step_all(sides, randoms())
@@ -213,7 +215,7 @@ def test_without_a_gradient_only_the_average_moves() -> None:
 
 def test_a_skipped_step_moves_the_average_alone() -> None:
     """As in the engine without it, where the average is moved after every step, skipped or not."""
-    sides = three_sides()
+    sides = three_sides(DECAYING)
     step_all(sides, randoms(), skip=1.0)  # the first one of all
     for skip in (0.0, 0.0, 1.0, 0.0):
         before = bits(sides[0])
