@@ -1,9 +1,9 @@
-"""The tables of docs/performance.md from the JSON that kernels.py and throughput.py write.
+"""The tables of docs/performance.md from the JSON that kernels.py, throughput.py and optimizer.py write.
 
     python benchmarks/tables.py FOLDER     puts the results in FOLDER between their markers in the document
 
-NAME.json goes between `<!-- NAME -->` and `<!-- end -->`, for the names that begin with kernels or
-throughput. gpu_suite.py writes the same tables to tables.md in its output folder.
+NAME.json goes between `<!-- NAME -->` and `<!-- end -->`, for the names that begin with kernels, throughput
+or optimizer. gpu_suite.py writes the same tables to tables.md in its output folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ WHERE = ("date", "device", "torch", "triton", "threads")
 def main() -> None:
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         raise SystemExit(
-            "usage: python benchmarks/tables.py FOLDER, a folder with kernels-*.json or throughput-*.json"
+            "usage: python benchmarks/tables.py FOLDER, a folder with kernels-*.json, throughput-*.json or"
+            " optimizer-*.json"
         )
     document = DOCUMENT.read_text(encoding="utf-8")
     for name, table in tables(Path(sys.argv[1])).items():
@@ -45,6 +46,8 @@ def tables(folder: Path) -> dict[str, str]:
             found[path.stem] = kernels_table(json.loads(path.read_text(encoding="utf-8")))
         elif path.name.startswith("throughput"):
             found[path.stem] = throughput_table(json.loads(path.read_text(encoding="utf-8")))
+        elif path.name.startswith("optimizer"):
+            found[path.stem] = optimizer_table(json.loads(path.read_text(encoding="utf-8")))
     return found
 
 
@@ -94,6 +97,25 @@ def throughput_table(rows: Sequence[dict[str, Any]]) -> str:
     head = ["images/s", *routes, "fused / reference", "fused / compile"]
     head += [f"peak MiB ({' / '.join(routes)})", "fused, of the ceiling"]
     return f"{_provenance(rows[0])}; {rows[0]['dtype']}:\n\n{_markdown(head, lines)}"
+
+
+def optimizer_table(result: dict[str, Any]) -> str:
+    """A row per side and pair of betas; then what could not be measured."""
+    rows = [
+        [
+            row["by"],
+            ", ".join(map(str, row["betas"])),
+            f"{row['ms']:.3f}",
+            f"{row['times_faster']:.2f}x",
+            f"{row['share']:.0%}",
+            f"{row['host_ms']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["by", "betas", "ms", "faster than torch", "share of the floor", "host ms"]
+    size = f"{result['parameters'] / 1e6:.1f} M parameters in {result['tensors']} tensors"
+    left_out = "".join(f"\n{why}.\n" for why in result["left_out"].values())
+    return f"{_provenance(result)}; {size}:\n\n{_markdown(head, rows)}{left_out}"
 
 
 def _of_pass(row: dict[str, Any], part: str) -> str:
