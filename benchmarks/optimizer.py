@@ -65,11 +65,11 @@ class Side:
         self.optimizer = build_optimizer(config, self.model.parameters())
         self.ema = EMA(self.model)
         self.skip = torch.zeros((), device=starts[0].device)
-        self.moved: Sequence[nn.Parameter] = ()
+        self.moved: frozenset[nn.Parameter] = frozenset()
         if isinstance(self.optimizer, AveragingAdam):
             self.optimizer.follow(self.ema.of_parameters())
             self.optimizer.set_average_weight(1 - EMA_BETA)
-            self.moved = list(self.model.parameters())
+            self.moved = self.optimizer.averaged
 
     def update(self, gradients: Sequence[Tensor]) -> None:
         for parameter, gradient in zip(self.model, gradients, strict=True):
@@ -78,7 +78,7 @@ class Side:
             guarded_update(self.optimizer, self.skip)
         else:  # apex: a guarded update waits for the device
             self.optimizer.step()
-        self.ema.update(EMA_BETA, frozenset(self.moved))
+        self.ema.update(EMA_BETA, self.moved)
 
 
 def main() -> None:

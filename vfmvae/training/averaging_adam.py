@@ -43,16 +43,14 @@ class AveragingAdam(torch.optim.Adam):
         self._step_supports_amp_scaling = False  # a GradScaler takes its scale off before
         self._passes: defaultdict[int, AdamAverage] = defaultdict(AdamAverage)
         self._averages: dict[nn.Parameter, Tensor] = {}
-        self._weight: Tensor | None = None
-
-    @property
-    def averaged(self) -> frozenset[nn.Parameter]:
+        self.averaged: frozenset[nn.Parameter] = frozenset()
         """Parameters whose averages this moves."""
-        return frozenset(self._averages)
+        self._weight: Tensor | None = None
 
     def follow(self, averages: Mapping[nn.Parameter, Tensor]) -> None:
         """Move these averages, float32 in the parameters' layout, from the next step on."""
         self._averages = dict(averages)
+        self.averaged = frozenset(averages)
         if self._weight is None and averages:
             self._weight = torch.zeros((), device=next(iter(averages)).device)
 
