@@ -83,6 +83,7 @@ def parts(device: str, output: Path, architecture: str | None) -> list[Part]:
     compared = benchmark("kernels", f"kernels-compile-{device}", device, output, *size, "--compile")
     images = ["--minutes", "2"] if cuda else ["--config", "demo"]
     throughput = benchmark("throughput", f"throughput-{device}", device, output, *images)
+    updates = benchmark("optimizer", f"optimizer-{device}", device, output)
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or the next tensor hides a write past the end
     table = [
         Part("build", build, 150, environment=building),
@@ -90,6 +91,7 @@ def parts(device: str, output: Path, architecture: str | None) -> list[Part]:
         Part("engine", engine, 120, environment=ONE_THREAD),
         Part("speed", speed, 60, correctness=False),
         Part("throughput", throughput, 150, correctness=False),
+        Part("optimizer", updates, 40, correctness=False),
         Part("memcheck", sanitizer("memcheck"), 60, environment=uncached),
         Part("racecheck", sanitizer("racecheck"), 60, environment=uncached),
         Part("graphs", graphs, 120, environment=ONE_THREAD),

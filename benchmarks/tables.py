@@ -1,9 +1,9 @@
-"""The tables of docs/performance.md from the JSON that kernels.py and throughput.py write.
+"""The tables of docs/performance.md from the JSON that kernels.py, throughput.py and optimizer.py write.
 
     python benchmarks/tables.py FOLDER     puts the results in FOLDER between their markers in the document
 
-NAME.json goes between `<!-- NAME -->` and `<!-- end -->`, for the names that begin with kernels, throughput
-or fp8. gpu_suite.py writes the same tables to tables.md in its output folder.
+NAME.json goes between `<!-- NAME -->` and `<!-- end -->`, for the names that begin with kernels, throughput,
+fp8 or optimizer. gpu_suite.py writes the same tables to tables.md in its output folder.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ WHERE = ("date", "device", "torch", "triton", "threads")
 def main() -> None:
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         raise SystemExit(
-            "usage: python benchmarks/tables.py FOLDER, a folder with kernels-*.json, throughput-*.json or"
-            " fp8-*.json"
+            "usage: python benchmarks/tables.py FOLDER, a folder with kernels-*.json, throughput-*.json,"
+            " fp8-*.json or optimizer-*.json"
         )
     document = DOCUMENT.read_text(encoding="utf-8")
     for name, table in tables(Path(sys.argv[1])).items():
@@ -48,6 +48,8 @@ def tables(folder: Path) -> dict[str, str]:
             found[path.stem] = throughput_table(json.loads(path.read_text(encoding="utf-8")))
         elif path.name.startswith("fp8"):
             found[path.stem] = fp8_tables(json.loads(path.read_text(encoding="utf-8")))
+        elif path.name.startswith("optimizer"):
+            found[path.stem] = optimizer_table(json.loads(path.read_text(encoding="utf-8")))
     return found
 
 
@@ -111,6 +113,25 @@ def fp8_tables(result: dict[str, Any]) -> str:
             cells = ([v if isinstance(v, str) else f"{v:.4g}" for v in row.values()] for row in rows)
             text += "\n" + _markdown(head, cells)
     return text
+
+
+def optimizer_table(result: dict[str, Any]) -> str:
+    """A row per side and pair of betas; then what could not be measured."""
+    rows = [
+        [
+            row["by"],
+            ", ".join(map(str, row["betas"])),
+            f"{row['ms']:.3f}",
+            f"{row['times_faster']:.2f}x",
+            f"{row['share']:.0%}",
+            f"{row['host_ms']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["by", "betas", "ms", "faster than torch", "share of the floor", "host ms"]
+    size = f"{result['parameters'] / 1e6:.1f} M parameters in {result['tensors']} tensors"
+    left_out = "".join(f"\n{why}.\n" for why in result["left_out"].values())
+    return f"{_provenance(result)}; {size}:\n\n{_markdown(head, rows)}{left_out}"
 
 
 def _of_pass(row: dict[str, Any], part: str) -> str:

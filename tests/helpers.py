@@ -149,6 +149,8 @@ class Resources(NamedTuple):
     registers: int
     spilled: int
     shared: int
+    wide: tuple[int, int] = (0, 0)
+    """Of a Triton kernel: how often a thread reads, and writes, 16 bytes of global memory at once."""
 
 
 def read_ptxas_report(report: str) -> list[Resources]:
@@ -213,7 +215,8 @@ def compile_triton_for_hopper(
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
     spilled = usage["STACK"] + usage["LOCAL"]
-    return Resources(compiled.metadata.name, usage["REG"], spilled, compiled.metadata.shared)
+    wide = tuple(compiled.asm["ptx"].count(f"{access}.global.v4.b32") for access in ("ld", "st"))
+    return Resources(compiled.metadata.name, usage["REG"], spilled, compiled.metadata.shared, wide)
 
 
 def run_python(*arguments: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> str:

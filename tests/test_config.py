@@ -214,6 +214,16 @@ def test_a_resumed_run_keeps_the_parts_and_moments_of_its_stages(
         check_same_run(replace(demo(), stages=(first, replace(second, **changes))), demo())
 
 
+def test_a_resumed_run_may_change_to_an_optimizer_with_the_same_state() -> None:
+    triton = replace(demo().stages[0].optimizer, implementation="triton")
+    changed = replace(demo(), stages=tuple(replace(stage, optimizer=triton) for stage in demo().stages))
+    plain = replace(
+        demo(), stages=tuple(replace(s, optimizer=demo().stages[0].optimizer) for s in demo().stages)
+    )
+    check_same_run(changed, plain)
+    check_same_run(plain, changed)
+
+
 def test_a_resumed_run_cannot_gain_or_lose_a_discriminator() -> None:
     first, second = demo().stages
     for losses, sentence in (

@@ -168,7 +168,9 @@ def test_graphs_need_one_process_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "options", [{}, {"share_forward": False}, {"accumulate": 2}, {"recompute": True}], ids=str
+    "options",
+    [{}, {"share_forward": False}, {"accumulate": 2}, {"recompute": True}, {"optimizer": "triton"}],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_cuda_graphs_train_as_python_does(dtype: str, options: dict[str, Any]) -> None:
@@ -179,7 +181,11 @@ def test_cuda_graphs_train_as_python_does(dtype: str, options: dict[str, Any]) -
         graphs.append(CudaGraph(pool))
         return graphs[-1]
 
-    run, again = (ready(changing(), device="cuda", dtype=dtype, graphs=True, **options) for _ in range(2))
+    engine, plain = {"graphs": True, **options}, changing()
+    stage = replace(
+        plain, optimizer=replace(plain.optimizer, implementation=engine.pop("optimizer", "torch"))
+    )
+    run, again = (ready(stage, device="cuda", dtype=dtype, **engine) for _ in range(2))
     expected = [recorded(run, 1, RecordedSteps(run, never))[0] for _ in range(COUNT)]
     found = recorded(again, COUNT, RecordedSteps(again, new_graph))
     assert graphs

@@ -181,7 +181,7 @@ def _check_same_stages(stages: Sequence[StageConfig], earlier: Sequence[StageCon
             for what in ("kind", "betas", "implementation"):
                 pairs.append((f"{name}.{what}", getattr(now, what), getattr(then, what)))
         for what, a, b in pairs:
-            if a != b:
+            if a != b and not {a, b} <= {"torch", "triton"}:  # whose state is the same
                 raise ValueError(
                     f"a resumed run cannot change {what} of its stage {stage.name!r} from {b} to {a};"
                     f" start a new run instead"

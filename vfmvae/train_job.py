@@ -23,6 +23,7 @@ from vfmvae.train_networks import (
 )
 from vfmvae.training.adaptive import BALANCED_TERMS, LIMITS, AdaptiveWeight, Balanced
 from vfmvae.training.adversary import TERMS_OF, Adversary
+from vfmvae.training.averaging_adam import AveragingAdam
 from vfmvae.training.companion import Companion
 from vfmvae.training.companion import check_new as check_companion
 from vfmvae.training.device import compute_dtype, keep_freed_memory, pick_device, set_precision
@@ -184,6 +185,9 @@ class Job:
         self.optimizer = next_optimizer(
             stage.optimizer, self.trained, earlier, groups, self.config.engine.graphs
         )
+        if isinstance(self.optimizer, AveragingAdam):
+            averages = self.ema.of_parameters()
+            self.optimizer.follow({parameter: averages[parameter] for parameter in self.trained})
         self.playing = [
             a for a in self.adversaries if any(getattr(stage.losses, t) for t in TERMS_OF[a.name])
         ]
@@ -227,6 +231,8 @@ class Job:
         progress = self.plan.progress(place)
         rates = {"tokenizer": learning_rate(self.stage.optimizer, progress)}
         set_learning_rate(self.optimizer, rates["tokenizer"])
+        if isinstance(self.optimizer, AveragingAdam):
+            self.optimizer.set_average_weight(1 - self.ema_beta())
         rates |= {rate.part: rate.factor * rates["tokenizer"] for rate in self.stage.rates}
         for adversary in self.playing:
             rate = learning_rate(self.stage.discriminator_optimizer, progress)
@@ -319,10 +325,15 @@ class Job:
             self.adaptive[name].measure(of_reconstruction, of_loss)
         return self.adaptive[name].ratio
 
-    def average(self) -> None:
-        """Move the averaged weights towards the present ones."""
+    def ema_beta(self) -> float:
+        """Share of the averaged weights that the present step keeps."""
         seen = self.state.step * self.config.batch_size
-        self.ema.update(ema_beta(self.stage.ema, self.config.batch_size, seen))
+        return ema_beta(self.stage.ema, self.config.batch_size, seen)
+
+    def average(self) -> None:
+        """Move the averaged weights towards the present ones, as far as the optimizer has not done it."""
+        moved = self.optimizer.averaged if isinstance(self.optimizer, AveragingAdam) else ()
+        self.ema.update(self.ema_beta(), moved)
 
     def skips_in_a_row(self) -> int:
         """How many of the last updates were skipped, of the optimizer that has most; waits."""

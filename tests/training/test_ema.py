@@ -81,6 +81,21 @@ def test_the_average_is_the_weighted_sum_of_all_weights() -> None:
     torch.testing.assert_close(ema.state_dict()["decoder.0.weight"].double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_what_an_optimizer_has_moved_is_left_alone() -> None:
+    model = Model()
+    ema = EMA(model, "encoder.")
+    averages = ema.of_parameters()
+    assert averages.keys() == {model.scale, *model.decoder.parameters()}
+    assert averages[model.scale] is ema.state_dict()["scale"]
+    change(model)
+    averages[model.scale].fill_(7.0)
+    ema.update(0.0, {model.scale})
+    assert ema.state_dict()["scale"] == 7.0
+    expected = dict(model.named_parameters()) | stored_buffers(model)
+    left = {name: average for name, average in ema.state_dict().items() if name != "scale"}
+    assert_states_equal(left, {name: expected[name] for name in left})
+
+
 def test_beta_zero_takes_the_weights_as_they_are() -> None:
     model = Model()
     ema = EMA(model)

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vfmvae.training.averaging_adam import AveragingAdam
 from vfmvae.training.optim import (
     Group,
     OptimizerConfig,
     build_optimizer,
+    check_available,
     gradient_norm,
     learning_rate,
     next_optimizer,
@@ -191,6 +193,39 @@ def put_apex(folder: Path, optimizers: str | None) -> None:
     (folder / "apex" / "__init__.py").touch()
     if optimizers is not None:
         (folder / "apex" / "optimizers.py").write_text(optimizers)
+
+
+def test_moments_are_handed_on_between_implementations_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vfmvae.training.optim.why_no_adam_average", lambda *_: None)
+    parameter = nn.Parameter(torch.ones(3))
+    torchs, ours = OptimizerConfig(), OptimizerConfig(implementation="triton")
+    first = build_optimizer(torchs, [parameter])
+    parameter.grad = torch.ones(3)
+    first.step()
+    second = next_optimizer(ours, [parameter], first)
+    assert isinstance(second, AveragingAdam) and second.defaults["fused"]
+    assert second.state[parameter] is first.state[parameter]
+    assert next_optimizer(torchs, [parameter], second).state[parameter] is first.state[parameter]
+    other = next_optimizer(replace(ours, kind="adamw"), [parameter], second)
+    assert not other.state and other.defaults["decoupled_weight_decay"]
+
+
+def test_the_kernel_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, parameter = OptimizerConfig(implementation="triton"), nn.Parameter(torch.ones(3))
+    refused, remedy = (
+        "optimizer.implementation 'triton' cannot be used: ",
+        ".*--optimizer.implementation torch",
+    )
+    with pytest.raises(ValueError, match=f"{refused}.*(on cpu|not installed){remedy}"):
+        check_available(config, torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"{refused}.*(on cpu|not installed){remedy}"):
+        build_optimizer(config, [parameter])
+    monkeypatch.setattr("vfmvae.ops.native.why_no_triton", lambda x: None)
+    with pytest.raises(
+        ValueError, match=f"{refused}it takes parameters of float32, not torch.float64{remedy}"
+    ):
+        build_optimizer(config, [nn.Parameter(torch.ones(3, dtype=torch.float64))])
+    build_optimizer(config, [parameter])
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from vfmvae.ops import why_no_adam_average
 from vfmvae.training.ema import EMA
 from vfmvae.training.optim import OptimizerConfig, build_optimizer, gradient_norm, scale_gradients
 
@@ -55,6 +57,9 @@ def compare(rank: int, store: str) -> None:
         torch.testing.assert_close(norm, wanted, rtol=1e-5, atol=0)
     # The forward inside `applied` gathered the average; the next one must gather the weights again.
     torch.testing.assert_close(sharded(x), whole(x), rtol=1e-5, atol=1e-6)
+    with mock.patch("vfmvae.ops.native.why_no_triton", lambda x: None):
+        objection = why_no_adam_average(torch.device("cpu"), sharded.parameters())
+    assert objection is not None and "engine.parallel 'fsdp' shards them" in objection
     exported, wanted_file = ema.export(), whole_ema.export()
     assert exported.keys() == wanted_file.keys()
     for name, tensor in exported.items():

@@ -17,12 +17,16 @@ from vfmvae.ops.gated import geglu
 from vfmvae.ops.gradients import input_gradients_only
 from vfmvae.ops.mlp import modulated_mlp, modulated_to_rgb
 from vfmvae.ops.norm import Activation, channel_rms_norm, group_norm
+from vfmvae.ops.optimizer import AdamAverage, AdamSettings, AdamTensors, why_no_adam_average
 from vfmvae.ops.perceptual import lpips_distance, ssim
 from vfmvae.ops.posterior import gaussian_posterior
 from vfmvae.ops.resample import upsample_blur
 
 __all__ = [
     "Activation",
+    "AdamAverage",
+    "AdamSettings",
+    "AdamTensors",
     "Fused",
     "NormedLinear",
     "attention",
@@ -47,5 +51,6 @@ __all__ = [
     "ssim",
     "upsample_blur",
     "vf_alignment_loss",
+    "why_no_adam_average",
     "why_no_fp8",
 ]

@@ -7,7 +7,7 @@ forgets the initial weights (Karras et al., arXiv 1912.04958 and 2006.06676).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -74,14 +74,22 @@ class EMA:
         self._buffers = {k: model.get_buffer(k).detach().clone() for k in self._buffer_names}
 
     @torch.no_grad()
-    def update(self, beta: float) -> None:
-        """Move the average towards the model: average = beta * average + (1 - beta) * weight."""
-        averages = _local(self._averages.values())
-        weights = _local(self._parameters.values())
+    def update(self, beta: float, moved: Collection[nn.Parameter] = ()) -> None:
+        """Move the average towards the model: average = beta * average + (1 - beta) * weight.
+
+        `moved`: parameters whose averages an optimizer has moved already (`of_parameters`).
+        """
+        names = [name for name, parameter in self._parameters.items() if parameter not in moved]
+        averages = _local(self._averages[name] for name in names)
+        weights = _local(self._parameters[name] for name in names)
         weights = [w.to(a.dtype) for a, w in zip(averages, weights, strict=True)]
         if averages:
             torch._foreach_lerp_(averages, weights, 1 - beta)
         _copy(self._buffers.values(), self._model_buffers())
+
+    def of_parameters(self) -> dict[nn.Parameter, Tensor]:
+        """Parameters with their averages; the tensors are this object's own, for its whole life."""
+        return {parameter: self._averages[name] for name, parameter in self._parameters.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Averages and buffers by the model's names; the tensors are this object's own, not copies."""

@@ -7,8 +7,9 @@ have been trained together from the first update on, because apex counts the upd
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vfmvae.ops import why_no_adam_average
 from vfmvae.serialization import check_fields
+from vfmvae.training.averaging_adam import AveragingAdam
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class OptimizerConfig:
     """Share of the run over which the rate rises from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
     """The rate after the warmup: constant, or half a cosine down to 0."""
-    implementation: Literal["torch", "apex"] = "torch"
-    """torch's fused kernels, or FusedAdam of NVIDIA apex, which must be installed; the same mathematics."""
+    implementation: Literal["torch", "triton", "apex"] = "torch"
+    """torch's fused kernels; a kernel of this package, on a GPU, that moves the average of the weights in the
+    same pass; or FusedAdam of NVIDIA apex, which must be installed. The same mathematics."""
 
     def __post_init__(self) -> None:
         check_fields(self, "optimizer")
@@ -74,7 +78,9 @@ ONE_GROUP: Mapping[nn.Parameter, Group] = {}
 
 
 def check_available(config: OptimizerConfig, device: torch.device, capturable: bool = False) -> None:
-    """ValueError where apex is asked for and cannot be used for parameters on `device`, with the reason."""
+    """ValueError where what is asked for cannot update parameters on `device`, with the reason."""
+    if config.implementation == "triton" and (objection := why_no_adam_average(device)):
+        raise _triton_refused(objection)
     if config.implementation != "apex":
         return
     # An unrelated package on PyPI is called apex too.
@@ -99,21 +105,19 @@ def build_optimizer(
         capturable: updates can be recorded in a CUDA graph; the rates are tensors then.
 
     Raises:
-        ValueError: apex is asked for and cannot be used, with the reason.
+        ValueError: what is asked for cannot be used, with the reason.
     """
     parameters = list(parameters)
     if config.implementation == "apex":
         place = next((p.device for p in parameters if not p.is_cuda), torch.device("cuda"))
         check_available(config, place, capturable)
         return _apex_adam(config, parameters, groups)
-    adam = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
-    optimizer = adam(
+    optimizer = _adam(config, parameters)(
         _groups(config, parameters, groups),
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=True,
     )
     if capturable:
         for group in optimizer.param_groups:
@@ -129,9 +133,9 @@ def next_optimizer(
     groups: Mapping[nn.Parameter, Group] = ONE_GROUP,
     capturable: bool = False,
 ) -> torch.optim.Optimizer:
-    """As `build_optimizer`, with the moments that an earlier optimizer of the same class has."""
+    """As `build_optimizer`, with the moments that an earlier optimizer of the same kind has."""
     optimizer = build_optimizer(config, parameters, groups, capturable)
-    if earlier is None or type(earlier) is not type(optimizer):
+    if earlier is None or _state_of(earlier) != _state_of(optimizer):
         return optimizer
     for parameter in parameters:
         if parameter in earlier.state:
@@ -142,6 +146,23 @@ def next_optimizer(
         if first in counted:
             group["step"] = counted[first]
     return optimizer
+
+
+def _state_of(optimizer: torch.optim.Optimizer) -> tuple[type, bool | None]:
+    """What the moments belong to: those of `AveragingAdam` and of torch's classes are the same."""
+    adam = torch.optim.Adam
+    kind = adam if isinstance(optimizer, adam) else type(optimizer)
+    return kind, optimizer.defaults.get("decoupled_weight_decay")
+
+
+def _adam(
+    config: OptimizerConfig, parameters: Sequence[nn.Parameter]
+) -> Callable[..., torch.optim.Optimizer]:
+    if config.implementation == "triton":
+        if parameters and (objection := why_no_adam_average(parameters[0].device, parameters)):
+            raise _triton_refused(objection)
+        return partial(AveragingAdam, decoupled_weight_decay=config.kind == "adamw")
+    return partial(torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam, fused=True)
 
 
 def _groups(
@@ -174,6 +195,12 @@ def _apex_adam(
         )
     except RuntimeError as error:  # apex built without its CUDA extensions
         raise _apex_refused(str(error)) from None
+
+
+def _triton_refused(why: str) -> ValueError:
+    return ValueError(
+        f"optimizer.implementation 'triton' cannot be used: {why}; use --optimizer.implementation torch"
+    )
 
 
 def _apex_refused(why: str) -> ValueError:
