@@ -87,14 +87,14 @@ def parts(device: str, output: Path, architecture: str | None) -> list[Part]:
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or the next tensor hides a write past the end
     table = [
         Part("build", build, 150, environment=building),
-        Part("kernels", kernels, 150, environment=ONE_THREAD | ({} if cuda else {"TRITON_INTERPRET": "1"})),
+        Part("kernels", kernels, 200, environment=ONE_THREAD | ({} if cuda else {"TRITON_INTERPRET": "1"})),
         Part("engine", engine, 120, environment=ONE_THREAD),
+        Part("graphs", graphs, 120, environment=ONE_THREAD),
         Part("speed", speed, 60, correctness=False),
         Part("throughput", throughput, 150, correctness=False),
         Part("optimizer", updates, 40, correctness=False),
         Part("memcheck", sanitizer("memcheck"), 60, environment=uncached),
         Part("racecheck", sanitizer("racecheck"), 60, environment=uncached),
-        Part("graphs", graphs, 120, environment=ONE_THREAD),
         Part("compile", compared, 120, correctness=False),
         Part("operations", others, 120, environment=ONE_THREAD),
     ]

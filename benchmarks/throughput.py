@@ -292,7 +292,7 @@ def parameter_bytes(job: Job, task: Task) -> float:
 def peak_bytes(device: torch.device) -> int:
     """The most memory that was taken: on CUDA since it was last reset, else since the process began."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
 

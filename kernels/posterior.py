@@ -152,7 +152,7 @@ def _posterior_bwd_kernel(
     of_kl = tl.load(grad_kl_ptr + sample)
     of_mean = of_z + of_kl * mean
     of_logvar = 0.5 * (of_z * exp(0.5 * logvar) * noise + of_kl * (exp(logvar) - 1.0))
-    of_logvar = tl.where((raw >= LOWEST) & (raw <= HIGHEST), of_logvar, 0.0)
+    of_logvar = tl.where((raw > LOWEST) & (raw < HIGHEST), of_logvar, 0.0)
     tl.store(grad_mean_ptr + at, of_mean.to(grad_mean_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_logvar_ptr + at, of_logvar.to(grad_logvar_ptr.dtype.element_ty), mask=inside)
 

@@ -99,6 +99,12 @@ class TrainConfig:
                 f"stage {stage.name!r} trains 'encoder', and engine.fp8_encoder is for frozen ones; turn"
                 f" it off"
             )
+        changing = stage.equivariance.latent_probability or stage.equivariance.image_probability
+        if self.engine.graphs and not self.engine.share_forward and changing:
+            raise ValueError(
+                f"stage {stage.name!r} has equivariance, and without engine.share_forward a step draws it"
+                f" twice: engine.graphs would record a graph for every pair; turn one of the three off"
+            )
         resolution = self.tokenizer.resolution
         try:
             check_equivariance(stage.equivariance, resolution, INPUT_STRIDE)

@@ -60,8 +60,8 @@ import torch
 from vfmvae.ops import attention_choices
 
 on_gpu = torch.cuda.is_available()
-where = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
-print("yes", json.dumps(attention_choices(*where)))
+device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+print("yes", json.dumps(attention_choices(torch.device(device), dtype, dtype)))
 """
 
 
@@ -147,12 +147,12 @@ def inspect_cudnn_attention() -> Part:
     version = f"{number // 10_000}.{number % 10_000 // 100}.{number % 100}"
     if not torch.cuda.is_available():
         return Part(name, "yes", version, NO_DEVICE)
+    if not torch.backends.cuda.cudnn_sdp_enabled():
+        return Part(name, "no", version, f"switched off in torch.backends.cuda; {instead}")
     if number < CUDNN_RIGHT_FROM:
         return Part(
             name, "yes", version, f"not used for tokens in other than multiples of {CUDNN_BLOCK}: wrong"
         )
-    if not torch.backends.cuda.cudnn_sdp_enabled():
-        return Part(name, "no", version, f"switched off in torch.backends.cuda; {instead}")
     return Part(name, "yes", version, "")
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from vfmvae.cli import command, usage
 from vfmvae.config import TrainConfig
 from vfmvae.data import worker_deaths
+from vfmvae.encoders.base import feature_dtype
 from vfmvae.ops import attention_choices
 from vfmvae.serialization import to_json
 from vfmvae.tokenizer.files import write_state
@@ -306,7 +307,9 @@ class Run:
 
     def attention(self) -> str:
         """Which implementation computes it where, and why none that would come before."""
-        found = attention_choices(self.job.device, self.job.tokenizer.dtype)
+        device, tokenizer = self.job.device, self.job.tokenizer
+        encoder_dtype = feature_dtype(device, tokenizer.encoder.always_bfloat16)
+        found = attention_choices(device, tokenizer.dtype, encoder_dtype)
         if not self.config.fused:
             found |= {"fusion": ("reference", {}), "decoder": ("reference", {})}
         where: dict[str, list[str]] = {}

@@ -32,8 +32,13 @@ def recorded_steps(job: Job) -> RecordedSteps | None:
     """What takes the place of `training_step(job, ...)` if the configuration asks for graphs, else None."""
     if not job.config.engine.graphs:
         return None
+    return RecordedSteps(job, cuda_graphs)
+
+
+def cuda_graphs() -> Callable[[], Graph]:
+    """Makes graphs that share a pool of memory."""
     pool = torch.cuda.graph_pool_handle()
-    return RecordedSteps(job, lambda: CudaGraph(pool))
+    return lambda: CudaGraph(pool)
 
 
 class Kind(NamedTuple):
@@ -49,20 +54,22 @@ class Kind(NamedTuple):
 class RecordedSteps:
     """`training_step` of a job, recorded by kind of step."""
 
-    def __init__(self, job: Job, graph: Callable[[], Graph]) -> None:
-        """`graph`: makes what a step is recorded in."""
+    def __init__(self, job: Job, graphs: Callable[[], Callable[[], Graph]]) -> None:
+        """`graphs()()` makes what a step is recorded in; what one `graphs()` made is dropped together."""
         self.job = job
-        self._new_graph = graph
+        self._graphs = graphs
         self._kinds: dict[Kind, _Recording] = {}
-        self._entries = job.entries
+        self._entries = -1
 
     def __call__(self, batch: Sequence[Tensor], weights: Mapping[str, float]) -> StepResult:
         if self._entries != self.job.entries:  # other parameters train, or a checkpoint was loaded
             self._kinds.clear()
             self._entries = self.job.entries
+            self._new_graph = self._graphs()  # a pool without graphs cannot be joined again
         kind = self.kind(batch, weights)
-        recording = self._kinds.setdefault(kind, _Recording(self.job))
-        result = recording.step(batch, weights, self._new_graph)
+        if kind not in self._kinds:
+            self._kinds[kind] = _Recording(self.job)
+        result = self._kinds[kind].step(batch, weights, self._new_graph)
         conclude(self.job, weights)
         return result
 

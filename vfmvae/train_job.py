@@ -177,7 +177,8 @@ class Job:
         """
         stage = self.config.stages[number]
         self.model = self.forward  # an earlier wrapper lets go of the gradients first
-        self.tokenizer.zero_grad(set_to_none=True)  # or what is frozen from now on would keep its gradients
+        for module in (self.tokenizer, *(a.game for a in self.adversaries)):
+            module.zero_grad(set_to_none=True)  # or what does not train from now on would keep its gradients
         trained = set_trained(self.tokenizer, stage.trains)
         self.trained = list(trained.values())
         earlier = getattr(self, "optimizer", None)

@@ -48,8 +48,9 @@ from vfmvae.training.objective import (
 from vfmvae.training.optim import gradient_norm, scale_gradients
 from vfmvae.training.reduction import reduce_unsharded, reducing, settle_unused
 
-TOKENIZER, DISCRIMINATOR, GENERATOR, SECOND_FORWARD, COMPANION, SECOND_LOOK = range(6)
-"""Streams of random draws: users of one step that do not know how often the others draw."""
+TOKENIZER, DISCRIMINATOR, GENERATOR, SECOND_FORWARD, SECOND_LOOK, COMPANION = range(6)
+"""Streams of random draws: users of one step that do not know how often the others draw. The first companion
+has the last of these, the others those that follow."""
 
 
 class StepResult(NamedTuple):
@@ -288,9 +289,9 @@ def generator_backward(
             factor = weights["alignment"] * job.factor("alignment", gradients)
             if output.alignment.requires_grad:
                 (scale * factor * output.alignment).backward()
-    for companion in job.companions:
+    for stream, companion in enumerate(job.companions, start=COMPANION):
         weight = weights.get(companion.name)
-        losses |= companion.backward(output, job.draws(part.first, COMPANION), weight, scale)
+        losses |= companion.backward(output, job.draws(part.first, stream), weight, scale)
     encoder_backward(output, weighted_sum(of_latents, weights), scale)
     return {name: loss.detach() for name, loss in losses.items()}
 

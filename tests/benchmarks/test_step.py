@@ -83,10 +83,10 @@ def test_a_loss_that_differs_ends_the_command() -> None:
     losses = {"reference": {"l1": 0.5, "kl": 5000.0}, "ours": {"l1": 0.5, "kl": 5004.0, "gradient_norm": 3.0}}
     step.check_agreement(losses, 1e-3)
     losses["ours"]["l1"] = 0.502
-    with pytest.raises(SystemExit, match=r"l1 is 0\.5 in the reference and 0\.502 in ours"):
+    with pytest.raises(SystemExit, match=r"l1 is 0\.5 in 'reference' and 0\.502 in 'ours'"):
         step.check_agreement(losses, 1e-3)
     losses["ours"]["l1"] = float("nan")
-    with pytest.raises(SystemExit, match="nan in ours"):
+    with pytest.raises(SystemExit, match="nan in 'ours'"):
         step.check_agreement(losses, 1e-3)
 
 

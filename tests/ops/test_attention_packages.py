@@ -76,7 +76,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, tuple[str, 
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, 0))
         monkeypatch.setattr(native, "why_no_triton", lambda x: None)
         with FakeTensorMode():
-            return ops.attention_choices(torch.device("cuda", 0), dtype)
+            return ops.attention_choices(torch.device("cuda", 0), dtype, dtype)
 
     return choices
 

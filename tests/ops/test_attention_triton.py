@@ -102,6 +102,6 @@ def test_what_it_refuses_is_said(query: torch.Tensor, key: torch.Tensor, sentenc
 
 @pytest.mark.gpu
 def test_what_computes_attention_on_a_gpu() -> None:
-    found = ops.attention_choices(torch.device("cuda"), torch.bfloat16)
+    found = ops.attention_choices(torch.device("cuda"), torch.bfloat16, torch.bfloat16)
     assert found["fusion"][0] == "triton" and found["decoder"][0] == "triton"
     assert found["encoder"][0] != "triton", "libraries are faster without null key and mean"

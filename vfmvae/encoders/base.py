@@ -130,7 +130,13 @@ def own_precision(device: torch.device, bfloat16: bool) -> AbstractContextManage
     """bfloat16 autocast on CUDA, or as asked, whatever surrounds it: features are a fixed target."""
     if not torch.amp.is_autocast_available(device.type):  # meta
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16 or device.type == "cuda")
+    dtype = feature_dtype(device, bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def feature_dtype(device: torch.device, always_bfloat16: bool) -> torch.dtype:
+    """What an encoder multiplies in on a device."""
+    return torch.bfloat16 if always_bfloat16 or device.type == "cuda" else torch.float32
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

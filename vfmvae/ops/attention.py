@@ -61,26 +61,38 @@ def attention(
     """
     if (null_key is None) != (null_value is None):
         raise ValueError("null_key and null_value come together: one of them is missing")
-    if query.ndim != 4:
-        raise ValueError(f"query is {list(query.shape)}; needed is [B, heads, N, d]")
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor.ndim != 4 or 0 in (tensor.shape[1], tensor.shape[3]):
+            raise ValueError(f"{name} is {list(tensor.shape)}; needed is [B, heads, N, d]")
     batch, heads, _, width = query.shape
     shape = (batch, heads, key.shape[-2], width)
     null = ("null_key", null_key, (heads, width)), ("null_value", null_value, (heads, width))
     check_tensors(query, ("key", key, shape), ("value", value, shape), *null)
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
-    return _ATTENTION(fused, query, key, value, null_key, null_value, head_mean)
+    with _without_autocast(query.device.type):
+        return _ATTENTION(fused, query, key, value, null_key, null_value, head_mean)
 
 
-def attention_choices(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, dict[str, str]]]:
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Results are in the tensors' own dtype, whichever implementation runs."""
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def attention_choices(
+    device: torch.device, dtype: torch.dtype, of_encoder: torch.dtype
+) -> dict[str, tuple[str, dict[str, str]]]:
     """What runs at full size where: in the encoder, the latent fusion and the decoder.
 
-    Each with the name of the implementation, and those that would come before it with their objections.
+    `of_encoder`: what the encoder computes in, and `dtype` the others. Each with the name of the
+    implementation, and those that would come before it with their objections.
     """
     tokens = torch.empty(1, dtype=dtype, device=device).expand(1, 16, 1024, 64)
-    null = tokens[0, :, 0]
+    null, encoded = tokens[0, :, 0], tokens.to(of_encoder)
     return {
-        "encoder": _ATTENTION.explain(tokens, tokens, tokens, None, None, False),
+        "encoder": _ATTENTION.explain(encoded, encoded, encoded, None, None, False),
         "fusion": _ATTENTION.explain(tokens, tokens, tokens, None, None, True),
         "decoder": _ATTENTION.explain(tokens, tokens, tokens, null, null, False),
     }

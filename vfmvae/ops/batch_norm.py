@@ -51,8 +51,8 @@ def local_batch_norm(
     Raises:
         ValueError: groups that do not divide B, tensors of other shapes or on other devices.
     """
-    if x.ndim < 2:
-        raise ValueError(f"x must be [B, C, ...], not {list(x.shape)}")
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point [B, C, ...], not {x.dtype} {list(x.shape)}")
     if groups < 1 or x.shape[0] % groups:
         raise ValueError(f"{x.shape[0]} images cannot be cut into {groups} equal groups")
     check_tensors(x, ("weight", weight, x.shape[1:2]), ("bias", bias, x.shape[1:2]))

@@ -114,6 +114,8 @@ def _normed_geglu_triton(x: Tensor, gate: NormedLinear, value: NormedLinear, eps
 
 
 def _check(x: Tensor, *layers: NormedLinear) -> None:
+    if x.ndim == 0:
+        raise ValueError("x is a single number; needed is [B, N, C]")
     channels = x.shape[-1]
     for layer in layers:
         width = layer.weight.shape[0]

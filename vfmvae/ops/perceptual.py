@@ -25,8 +25,12 @@ def ssim(a: Tensor, b: Tensor, data_range: float = 2.0, *, fused: Fused = True) 
         a, b: [B, C, H, W] with H, W >= 11; computed in float32 (float64 for float64).
         data_range: largest minus smallest possible value; 2 for images in [-1, 1].
     """
+    if a.ndim != 4:
+        raise ValueError(f"the images are {list(a.shape)}; needed is [B, C, H, W]")
     if a.shape != b.shape:
         raise ValueError(f"the images differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
+    if a.device != b.device:
+        raise ValueError(f"the images are on {a.device} and {b.device}; they must be on one device")
     if min(a.shape[-2:]) < WINDOW:
         raise ValueError(f"SSIM needs at least {WINDOW} x {WINDOW} pixels, not {a.shape[-2]} x {a.shape[-1]}")
     return _SSIM(fused, a, b, data_range)
@@ -87,6 +91,9 @@ def lpips_distance(a: Tensor, b: Tensor, weights: Tensor | None = None, *, fused
         raise ValueError(f"the feature maps differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
     if a.ndim != 4:
         raise ValueError(f"feature maps must be [B, C, H, W], got {tuple(a.shape)}")
+    if a.device != b.device or (weights is not None and weights.device != a.device):
+        places = ", ".join(str(t.device) for t in (a, b, weights) if t is not None)
+        raise ValueError(f"feature maps and weights are on {places}; they must be on one device")
     if weights is not None and weights.shape != a.shape[1:2]:
         raise ValueError(f"weights {tuple(weights.shape)} do not fit maps of {a.shape[1]} channels")
     return _LPIPS_DISTANCE(fused, a, b, weights)

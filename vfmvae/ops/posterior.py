@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vfmvae.ops import native
+from vfmvae.ops.arguments import check_tensors
 from vfmvae.ops.dispatch import Fused, Implementation, Op
 from vfmvae.ops.noise import is_seed, seeded_normal
 from vfmvae.ops.operation import Autograd, operation
@@ -36,13 +37,15 @@ def gaussian_posterior(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    if logvar.shape != mean.shape:
-        raise ValueError(f"mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)} differ in shape")
+    if mean.ndim != 4:
+        raise ValueError(f"mean is {list(mean.shape)}; needed is [B, C, h, w]")
     needed = (2,) if is_seed(noise) else mean.shape
     if noise.shape != needed:
         raise ValueError(
-            f"noise has shape {tuple(noise.shape)}, needed is {tuple(mean.shape)}, or (2,) of an int64 seed"
+            f"noise is {noise.dtype} of shape {tuple(noise.shape)}; needed are floating point numbers of"
+            f" shape {tuple(mean.shape)}, or an int64 seed of shape (2,)"
         )
+    check_tensors(mean, ("logvar", logvar, mean.shape), ("noise", noise, needed))
     return _GAUSSIAN_POSTERIOR(fused, mean, logvar, noise)
 
 

@@ -37,8 +37,10 @@ class Companion:
 
     `model(latents, features, draws)` gives `CompanionLosses` from latents [B, z, h, w] (sampled, in float32),
     the encoder's features (one [B, N, C] per layer, without a graph) and the step's random draws
-    (`StepDraws`). It learns from weight * of_latents + own, the tokenizer from weight * of_latents. Where the
-    weight is 0 the latents have no graph, and the companion learns from its own loss.
+    (`StepDraws`). With engine.graphs its Python runs in the first two steps of a kind only: what changes from
+    step to step must come from tensors and `draws.normal` and the like, not from plain numbers, counters or
+    `draws.decisions`. It learns from weight * of_latents + own, the tokenizer from weight * of_latents. Where
+    the weight is 0 the latents have no graph, and the companion learns from its own loss.
     """
 
     name: str

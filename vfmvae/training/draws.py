@@ -132,11 +132,17 @@ class StandingDraws(StepDraws):
 
     def _standing(self, method: str, *arguments: Any) -> Tensor:
         call = self._calls
-        if call in self._made:
-            self._calls += 1
-        else:
+        if call not in self._made:
             self._made[call] = Draw(method, arguments, getattr(super(), method)(*arguments))
-        return self._made[call].numbers
+            return self._made[call].numbers
+        made = self._made[call]
+        if made[:2] != (method, arguments):
+            raise RuntimeError(
+                f"draw {call} of stream {self._stream} is {method}{arguments} in this step and was"
+                f" {made.method}{made.arguments} in an earlier one: a recorded step draws the same each time"
+            )
+        self._calls += 1
+        return made.numbers
 
 
 def renew(made: dict[int, Draw], draws: StepDraws) -> None:

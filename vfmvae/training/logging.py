@@ -337,9 +337,12 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process had: allocated by PyTorch on a GPU, else resident in RAM."""
+    """The most memory this process had: taken by PyTorch on a GPU, else resident in RAM.
+
+    Not "allocated": what belongs to recorded CUDA graphs counts as free there, and cannot be used.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_reserved(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # kibibytes, but bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -123,6 +123,7 @@ def build_optimizer(
         for group in optimizer.param_groups:
             rate = torch.tensor(group["lr"], device=group["params"][0].device)
             group |= {"lr": rate, "capturable": True}
+        optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # is meant so
     return optimizer
 
 
