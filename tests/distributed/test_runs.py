@@ -25,7 +25,7 @@ from vfmvae.train import train
 from vfmvae.training.checkpoint_folder import checkpoints, path_of, step_of
 from vfmvae.training.run_folder import RunFolder
 
-A_MINUTE = 60  # seconds
+A_MINUTE = 180  # seconds: a minute where a core is free, and these machines are shared
 
 
 @pytest.fixture(scope="module", autouse=True)
