@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from vfmvae.ops import native
-from vfmvae.ops.arguments import check_tensors
 from vfmvae.ops.dispatch import Fused, Implementation, Op
 from vfmvae.ops.noise import is_seed, seeded_normal
 from vfmvae.ops.operation import Autograd, operation
@@ -39,13 +38,17 @@ def gaussian_posterior(
     """
     if mean.ndim != 4:
         raise ValueError(f"mean is {list(mean.shape)}; needed is [B, C, h, w]")
+    if logvar.shape != mean.shape:
+        raise ValueError(f"mean {tuple(mean.shape)} and logvar {tuple(logvar.shape)} differ in shape")
     needed = (2,) if is_seed(noise) else mean.shape
     if noise.shape != needed:
         raise ValueError(
             f"noise is {noise.dtype} of shape {tuple(noise.shape)}; needed are floating point numbers of"
             f" shape {tuple(mean.shape)}, or an int64 seed of shape (2,)"
         )
-    check_tensors(mean, ("logvar", logvar, mean.shape), ("noise", noise, needed))
+    for name, tensor in (("logvar", logvar), ("noise", noise)):
+        if tensor.device != mean.device:
+            raise ValueError(f"mean is on {mean.device}, {name} on {tensor.device}; move one of them")
     return _GAUSSIAN_POSTERIOR(fused, mean, logvar, noise)
 
 
@@ -119,16 +122,12 @@ def _why_not_triton(mean: Tensor, logvar: Tensor, noise: Tensor) -> str | None:
     for tensor in (mean, logvar, *([] if is_seed(noise) else [noise])):
         if tensor.dtype not in TRITON_DTYPES:
             return f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
-        if tensor.device != mean.device:
-            return f"mean is on {mean.device}, another tensor on {tensor.device}"
-    if mean.ndim != 4 or mean.numel() == 0:
+    if mean.numel() == 0:
         return f"it takes [B, C, h, w] with elements, not {list(mean.shape)}"
     if mean[0].numel() >= 1 << 31:
         return f"it takes fewer than 2^31 elements of a sample, not {mean[0].numel()}"
     if torch.is_grad_enabled() and noise.requires_grad:
         return "it gives no gradient of the noise, which requires one"
-    if noise.device != mean.device:
-        return f"mean is on {mean.device}, the seed on {noise.device}"
     return native.why_no_triton(mean)
 
 
