@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers import assert_kernel_close, read_ptxas_report, run_python
+from tests.helpers import Resources, assert_kernel_close, read_ptxas_report, run_python
 
 
 def results(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +77,7 @@ def test_spills_are_read_from_the_compiler() -> None:
         "  16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads\n"
         "ptxas info : Used 56 registers, used 1 barriers, 4096 bytes smem, 16 bytes stack\n"
     )
-    assert read_ptxas_report(report) == [("_Z3fooi", 56, 20, 4096)]
+    assert read_ptxas_report(report) == [Resources("_Z3fooi", 56, 20, 4096)]
 
 
 def test_a_program_that_fails_fails_the_test() -> None:

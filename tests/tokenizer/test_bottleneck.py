@@ -22,7 +22,7 @@ def test_posterior_samples_with_noise_generator_or_mode() -> None:
     var = posterior.logvar.exp()
     expected = 0.5 * (posterior.mean**2 + var - 1 - posterior.logvar).sum(dim=(1, 2, 3))
     torch.testing.assert_close(posterior.kl(), expected)
-    with pytest.raises(ValueError, match="noise has shape"):
+    with pytest.raises(ValueError, match="noise is .* of shape"):
         posterior.sample(noise[:1])
 
 
@@ -62,7 +62,7 @@ def test_a_sample_with_a_seed_is_one_with_its_noise() -> None:
     posterior, seed = Posterior(torch.randn(2, 6, 4, 4)), torch.tensor([7, 3])
     noise = seeded_normal(seed, (2, 3, 4, 4))
     torch.testing.assert_close(posterior.sample(seed), posterior.mean + posterior.std * noise)
-    with pytest.raises(ValueError, match="noise has shape"):
+    with pytest.raises(ValueError, match="noise is .* of shape"):
         posterior.sample(torch.tensor([7]))
 
 
