@@ -25,7 +25,8 @@ from vfmvae.train import train
 from vfmvae.training.checkpoint_folder import checkpoints, path_of, step_of
 from vfmvae.training.run_folder import RunFolder
 
-A_MINUTE = 180  # seconds: a minute where a core is free, and these machines are shared
+A_MINUTE = 60  # seconds, from the death of a process to the end of the others
+HANGS = 600
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -128,9 +129,8 @@ def test_all_roll_back_when_one_meets_nan(folder: Path) -> None:
 def test_a_dying_rank_ends_the_run_with_its_cause_and_it_goes_on_exactly(
     together: tuple[Path, str], folder: Path
 ) -> None:
-    begun = time.monotonic()
     printed = run("tests.distributed.runs", folder, "dies", code=1)
-    assert time.monotonic() - begun < A_MINUTE
+    assert time.time() - (folder / "dies.died").stat().st_mtime < A_MINUTE
     assert "rank 0 has lost another process of this run" in printed
     assert "Signal 9 (SIGKILL) received" in printed
     assert "[rank0]: Traceback" not in printed
@@ -150,10 +150,9 @@ def test_a_dying_machine_ends_the_run_on_the_others(folder: Path) -> None:
         *("--rdzv-conf", "store_type=file"),
     )
     act = ("tests.distributed.runs", folder, "leaves")
-    begun = time.monotonic()
     with launched(*act, launcher=launcher) as one, launched(*act, launcher=launcher) as other:
-        outputs = {process.communicate(timeout=A_MINUTE)[0]: process.returncode for process in (one, other)}
-    assert time.monotonic() - begun < A_MINUTE
+        outputs = {process.communicate(timeout=HANGS)[0]: process.returncode for process in (one, other)}
+    assert time.time() - (folder / "leaves.died").stat().st_mtime < A_MINUTE
     assert sorted(outputs.values()) == [-signal.SIGKILL, 1], outputs
     assert any("rank 0 has lost another process of this run" in output for output in outputs)
 
