@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vfmvae.kernels.common import TILE_ELEMENTS
-
 MOST_CHANNELS = 4096  # a row has to fit into the registers of a program
+TILE_ELEMENTS = 1024  # of two maps at once: twice as many take up to 164 registers per thread in the backward
 
 
 @triton.jit
