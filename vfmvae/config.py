@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from vfmvae.data import Backend
 from vfmvae.discriminators import ProjectedDiscriminatorConfig
 from vfmvae.discriminators.layers import group_count
 from vfmvae.losses.perceptual import PerceptualName
@@ -47,8 +48,12 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     data: str | None = None
     """A folder of images; without one, the embedded photographs."""
+    data_backend: Backend = "auto"
+    """What decodes: dali, torch (Pillow in the workers), or auto: dali where it is installed and applies."""
     workers: int = 0
     """Processes per rank that read images ahead; 0: the training process reads."""
+    max_broken: float = 0.001
+    """Share of the images that may be unreadable: others take their places. Beyond it the run stops."""
     batch_size: int = 512
     """Images per update, over all processes."""
     steps: int | None = None
@@ -82,6 +87,8 @@ class TrainConfig:
         for name, limit in {**lowest, "workers": 0, "keep_checkpoints": 1}.items():
             if getattr(self, name) < limit:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {limit}")
+        if not 0 <= self.max_broken <= 1:
+            raise ValueError(f"max_broken is {self.max_broken}; it is a share, from 0 to 1")
         for name in ("steps", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from vfmvae.cli import UsageError, command, parse
 from vfmvae.data.latents import MAX_SHARD_IMAGES, LatentSettings, LatentWriter, pack_names
-from vfmvae.data.ordered import OrderedImages, Part, open_in_order
+from vfmvae.data.ordered import OrderedImages, open_in_order
+from vfmvae.data.samples import Part
 from vfmvae.inference import (
     ModelOptions,
     check_resolution,

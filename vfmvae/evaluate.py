@@ -24,7 +24,8 @@ from rich.table import Table
 from vfmvae import __version__
 from vfmvae.atomic import write_atomically
 from vfmvae.cli import command, parse
-from vfmvae.data.ordered import OrderedImages, Part, open_in_order
+from vfmvae.data.ordered import OrderedImages, open_in_order
+from vfmvae.data.samples import Part
 from vfmvae.images import to_unit
 from vfmvae.inference import (
     ModelOptions,

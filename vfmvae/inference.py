@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vfmvae.atomic import write_atomically
 from vfmvae.cli import UsageError, usage
-from vfmvae.data.images import EXTENSIONS
+from vfmvae.data.folder import EXTENSIONS
 from vfmvae.images import to_uint8
 from vfmvae.tokenizer import Tokenizer, load
 from vfmvae.training.device import compute_dtype, pick_device, set_precision

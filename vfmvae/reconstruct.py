@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor
 
 from vfmvae.cli import UsageError, command, parse
-from vfmvae.data.images import read_image
-from vfmvae.data.ordered import list_images
+from vfmvae.data.decoding import read_image
+from vfmvae.data.folder import list_images
 from vfmvae.data.transforms import centre_crop
 from vfmvae.images import to_unit
 from vfmvae.inference import (

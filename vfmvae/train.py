@@ -27,6 +27,8 @@ from torch import Tensor
 from vfmvae.cli import command, usage
 from vfmvae.config import TrainConfig
 from vfmvae.data import worker_deaths
+from vfmvae.data.dali import why_not as why_not_dali
+from vfmvae.data.quarantine import Quarantine
 from vfmvae.encoders.base import feature_dtype
 from vfmvae.ops import attention_choices
 from vfmvae.serialization import to_json
@@ -41,6 +43,7 @@ from vfmvae.training.device import device_name, pick_device, slow_on_cpu
 from vfmvae.training.distributed import (
     any_rank,
     barrier,
+    gather_lists,
     launcher,
     lost_processes,
     process_group,
@@ -55,6 +58,8 @@ from vfmvae.training.run_lock import run_lock
 from vfmvae.training.safety import StopRequest
 from vfmvae.training.trackers import Tracker, open_trackers
 
+MOST_SAID = 5
+"""Images that cannot be read, of one step, that are named on the screen; the list has all."""
 HEADINGS = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
@@ -105,6 +110,8 @@ class Run:
         self.recorded = recorded_steps(self.job)
         self.checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
         self.rollbacks_since_save = 0
+        images = len(self.job.data) + len(self.job.held_out)
+        self.quarantine = Quarantine(folder.quarantine if rank() == 0 else None, images, config.max_broken)
 
     @property
     def position(self) -> Position:
@@ -168,6 +175,8 @@ class Run:
             finished = job.state.step == job.plan.steps
             if finished:
                 last = self.evaluate(log) if job.state.step > begun_at else job.evaluate()
+                if any_rank(bool(job.faults))[0]:
+                    self.note_faults(log)
             self.save()
             self.checkpoints.wait()
         if not finished:
@@ -182,6 +191,12 @@ class Run:
         job, config = self.job, self.config
         with closing(job.batches(job.state.step)) as batches:
             while (batch := self.next_batch(batches, log)) is not None:
+                # Processes must stop at the same step.
+                stopped, broken = any_rank(bool(stop.signal), bool(job.faults))
+                if broken:
+                    self.note_faults(log)
+                if stopped:
+                    break
                 rates = job.begin_step()
                 log.enter_stage(job.stage.name)
                 step = self.recorded or partial(training_step, job)
@@ -196,14 +211,28 @@ class Run:
                 if self.due(config.checkpoint_every) and not job.skips_in_a_row():
                     with log.paused():
                         self.save()
-                if any_rank(bool(stop.signal)):  # processes must stop at the same step
-                    break
         return True
 
     def next_batch(self, batches: Iterator[list[Tensor]], log: TrainingLog) -> list[Tensor] | None:
         """This process's images of the next step; None after the last one."""
         with self.keeping(log), worker_deaths():
             return next(batches, None)
+
+    def note_faults(self, log: TrainingLog) -> None:
+        """List the images of all ranks that could not be read; ValueError if they are too many.
+
+        Every rank knows of them and stops, so the last step can be saved.
+        """
+        new = self.quarantine.add(gather_lists(self.job.take_faults()))
+        for fault in new[:MOST_SAID]:
+            self.say(f"warning: {fault.key} is left out: {fault.reason}")
+        if len(new) > MOST_SAID:
+            self.say(f"warning: and {len(new) - MOST_SAID} more; all are listed in {self.folder.quarantine}")
+        try:
+            self.quarantine.check()
+        except ValueError:
+            self.keep(log)
+            raise
 
     @contextmanager
     def keeping(self, log: TrainingLog) -> Iterator[None]:
@@ -298,12 +327,26 @@ class Run:
         how += ["engine.graphs"] if engine.graphs else []
         processes = f" x {world_size()} processes ({engine.parallel})" if world_size() > 1 else ""
         self.say(f"computing on {device_name(job.device)}{processes}: {', '.join(how)}")
+        self.say(f"data: {self.data()}")
         self.say(f"attention: {self.attention()}")
         slow = slow_on_cpu(job.tokenizer.dtype, job.device)
         if slow is not None:
             self.say(f"warning: {slow}")
         if job.perceptual is not None and config.perceptual.network != "lpips-vgg":
             self.say(f"the perceptual loss compares features of {config.perceptual.network}; it is not LPIPS")
+
+    def data(self) -> str:
+        """What is read, and by what."""
+        job, config = self.job, self.config
+        if config.data is None:
+            return "crops of the embedded photographs"
+        classes = len(job.data.classes)
+        by = "DALI" if job.data_backend == "dali" else "Pillow"
+        objection = why_not_dali(job.data, job.device) if config.data_backend == "auto" else None
+        return (
+            f"{len(job.data):,} images{f' of {classes:,} classes' if classes > 1 else ''} in {config.data},"
+            f" {len(job.held_out):,} held out, decoded by {by}{f' ({objection})' if objection else ''}"
+        )
 
     def attention(self) -> str:
         """Which implementation computes it where, and why none that would come before."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from vfmvae.config import TrainConfig
-from vfmvae.data import Request, load_batches, open_data
+from vfmvae.data import Fault, Request, choose_backend, load_batches, open_data
 from vfmvae.discriminators.blur import Blur, blur_sigma, reach_of
 from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.tokenizer.parts import set_trained
@@ -96,6 +96,8 @@ class Job:
         resolution = config.tokenizer.resolution
         self.data = open_data(config.data, "train", resolution, config.seed)
         self.held_out = open_data(config.data, "validation", resolution, config.seed)
+        self.data_backend = choose_backend(self.data, config.data_backend, self.device)
+        self.faults = [*self.data.faults(), *self.held_out.faults()]  # not yet reported
         self._dtype = compute_dtype(config.dtype, self.device)
         self.forward = build_forward(config, self.device, self._dtype, pretrained)
         self.tokenizer = self.forward.tokenizer
@@ -261,11 +263,18 @@ class Job:
             for step in range(start, self.plan.steps)
             for part in range(accumulate)
         )
-        pin = self.device.type == "cuda"
-        loaded = load_batches(self.data, self.part_size, requests, self.config.workers, pin)
-        for first in loaded:
-            parts = [first, *(next(loaded) for _ in range(accumulate - 1))]
-            yield [images.to(self.device, non_blocking=True) for images in parts]
+        backend, workers = self.data_backend, self.config.workers
+        loaded = load_batches(self.data, self.part_size, requests, workers, self.device, backend)
+        with closing(loaded):
+            for first in loaded:
+                parts = [first, *(next(loaded) for _ in range(accumulate - 1))]
+                self.faults += [fault for part in parts for fault in part["faults"]]
+                yield [part["image"] for part in parts]
+
+    def take_faults(self) -> list[Fault]:
+        """What could not be read since the last call."""
+        faults, self.faults = self.faults, []
+        return faults
 
     def first_image(self, part: int) -> int:
         """The place of a part's first image in the global batch."""
@@ -343,8 +352,11 @@ class Job:
 
     def evaluate(self) -> Evaluation:
         """Measure the averaged weights on held-out images."""
+        batch = min(self.part_size, HELD_OUT_IMAGES)
         with self.ema.applied():
-            return evaluate(self.forward, self.held_out, min(self.part_size, HELD_OUT_IMAGES), self.distances)
+            found = evaluate(self.forward, self.held_out, batch, self.distances)
+        self.faults += found.faults
+        return found
 
     @torch.no_grad()
     def synchronise_statistics(self) -> None:

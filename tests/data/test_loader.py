@@ -12,12 +12,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.commands import save_image
-from vfmvae.data import ImageFolder, Photographs, Request, load_batches, worker_deaths
+from vfmvae.data import (
+    Backend,
+    Fault,
+    ImageLoader,
+    Images,
+    Photographs,
+    Request,
+    load_batches,
+    open_data,
+    worker_deaths,
+)
 from vfmvae.data.source import ImageBatch
 from vfmvae.data.transforms import CropConfig
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -34,31 +45,34 @@ def first(count: int) -> Iterator[Request]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_come_in_the_order_that_was_asked(workers: int) -> None:
     source, numbers = Photographs("train", 32, seed=3), [5, 0, 7, 7, 2]
-    found = list(load_batches(source, 3, map(Request, numbers), workers, pin=False))
+    found = list(load_batches(source, 3, map(Request, numbers), workers, CPU))
     assert len(found) == len(numbers)
     for number, batch in zip(numbers, found, strict=True):
-        assert batch.dtype == torch.uint8
-        assert torch.equal(batch, source.batch(number, 3)["image"])
+        assert batch["image"].dtype == torch.uint8
+        assert torch.equal(batch["image"], source.batch(number, 3)["image"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_batch_is_cut_as_it_was_asked(workers: int, folder: Path) -> None:
     whole, published = CropConfig(side=(1.0, 1.0), flip=0.0), CropConfig()
-    source, requests = ImageFolder(folder, 32), [Request(n, (whole, published)[n // 3]) for n in range(6)]
-    found = list(load_batches(source, 2, requests, workers, pin=False))
+    source, requests = (
+        open_data(str(folder), "train", 32),
+        [Request(n, (whole, published)[n // 3]) for n in range(6)],
+    )
+    found = list(load_batches(source, 2, requests, workers, CPU, "torch"))
     for (number, crops), batch in zip(requests, found, strict=True):
         other = published if crops == whole else whole
-        assert torch.equal(batch, source.batch(number, 2, crops)["image"])
-        assert not torch.equal(batch, source.batch(number, 2, other)["image"])
+        assert torch.equal(batch["image"], source.batch(number, 2, crops)["image"])
+        assert not torch.equal(batch["image"], source.batch(number, 2, other)["image"])
 
 
-def read(source: ImageFolder, pixels: multiprocessing.SimpleQueue[bytes]) -> None:
+def read(source: Images, pixels: multiprocessing.SimpleQueue[bytes]) -> None:
     pixels.put(source.batch(1, 3)["image"].numpy().tobytes())
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_folder_is_read_in_other_processes_after_it_was_in_this_one(method: str, folder: Path) -> None:
-    source, context = ImageFolder(folder, 32), multiprocessing.get_context(method)
+    source, context = open_data(str(folder), "train", 32), multiprocessing.get_context(method)
     expected = source.batch(1, 3)["image"]  # which starts this process's threads
     pixels = context.SimpleQueue()
     process = context.Process(target=read, args=(source, pixels), daemon=True)
@@ -72,23 +86,26 @@ def test_a_folder_is_read_in_other_processes_after_it_was_in_this_one(method: st
 
 
 def test_a_folder_survives_pickling(folder: Path) -> None:
-    source = ImageFolder(folder, 32, seed=4)
+    source = open_data(str(folder), "train", 32, seed=4)
     again = pickle.loads(pickle.dumps(source))
     assert torch.equal(again.batch(2, 3)["image"], source.batch(2, 3)["image"])
 
 
+@pytest.mark.parametrize("backend", ["torch", "dali"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_a_plain_sentence_in_its_turn(workers: int, folder: Path) -> None:
-    source = ImageFolder(folder, 32)
-    order = [source.batch(n, 1)["key"][0] for n in range(len(source))]
-    (folder / order[2]).write_bytes(b"no image")
-    with closing(load_batches(source, 1, first(len(source)), workers, pin=False)) as batches:
-        assert len([next(batches), next(batches)]) == 2, "those before it are read"
-        with pytest.raises(ValueError) as raised:
-            next(batches)
-    sentence = str(raised.value)
-    assert sentence.startswith(f"cannot read image {folder / order[2]}: ")
-    assert "\n" not in sentence
+def test_a_data_set_that_is_gone_is_a_plain_sentence(workers: int, backend: Backend, folder: Path) -> None:
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    source = open_data(str(folder), "train", 32)
+    for file in folder.iterdir():
+        file.unlink()
+    with (
+        closing(load_batches(source, 1, first(3), workers, CPU, backend)) as batches,
+        pytest.raises(
+            ValueError, match=r"^32 images .* cannot be read, .*\.png: No such file or directory; [^\n]*$"
+        ),
+    ):
+        next(batches)
 
 
 class Endless:
@@ -102,10 +119,19 @@ class Endless:
     def batch(self, step: int, batch_size: int, crops: CropConfig) -> ImageBatch:
         if step:
             signal.pause()
-        return {"image": torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "label": torch.zeros(1), "key": [""]}
+        return {
+            "image": torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+            "label": torch.zeros(1, dtype=torch.int64),
+            "key": [""],
+            "number": [0],
+            "faults": [],
+        }
+
+    def faults(self) -> list[Fault]:
+        return []
 
 
-def workers_of(batches: Iterator[Tensor]) -> list[int]:
+def workers_of(batches: Iterator[ImageBatch]) -> list[int]:
     next(batches)
     return [process.pid for process in multiprocessing.active_children() if process.pid is not None]
 
@@ -115,7 +141,7 @@ def test_a_worker_that_is_killed_is_reported() -> None:
     with (
         pytest.raises(ChildProcessError, match=message),
         worker_deaths(),
-        closing(load_batches(Endless(), 1, first(9), 1, pin=False)) as batches,
+        closing(load_batches(Endless(), 1, first(9), 1, CPU)) as batches,
     ):
         (worker,) = workers_of(batches)
         os.kill(worker, signal.SIGKILL)
@@ -124,7 +150,7 @@ def test_a_worker_that_is_killed_is_reported() -> None:
 
 def test_closing_ends_the_workers() -> None:
     before = multiprocessing.active_children()
-    with closing(load_batches(Photographs("train", 32), 1, first(99), 2, pin=False)) as batches:
+    with closing(load_batches(Photographs("train", 32), 1, first(99), 2, CPU)) as batches:
         assert len(workers_of(batches)) == 2 + len(before)
     assert multiprocessing.active_children() == before
 
@@ -132,14 +158,51 @@ def test_closing_ends_the_workers() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stop_signals_are_the_parents_business(number: signal.Signals) -> None:
     source = Photographs("train", 32)
-    with closing(load_batches(source, 1, first(40), 2, pin=False)) as batches:
+    with closing(load_batches(source, 1, first(40), 2, CPU)) as batches:
         for worker in workers_of(batches):
             os.kill(worker, number)
         rest = list(batches)
     assert len(rest) == 39
-    assert torch.equal(rest[-1], source.batch(39, 1)["image"])
+    assert torch.equal(rest[-1]["image"], source.batch(39, 1)["image"])
 
 
 def test_other_errors_are_not_the_workers() -> None:
     with pytest.raises(RuntimeError, match="something else"), worker_deaths():
         raise RuntimeError("something else")
+
+
+def test_the_state_of_a_loader_may_be_taken_up_by_other_ranks_and_workers(folder: Path) -> None:
+    for number in range(5, 24):
+        save_image(folder / f"{number}.png", 40, 50, seed=number)
+    source = open_data(str(folder), "train", 16)
+    epoch = len(source)
+    keys: list[str] = []
+
+    def go_on(images: int, world_size: int, workers: int, batches: int) -> int:
+        """`batches` of each rank, noted in the order of positions; returns the new state."""
+        loaders = [
+            ImageLoader(source, 2, rank=r, world_size=world_size, workers=workers, backend="torch")
+            for r in range(world_size)
+        ]
+        for loader in loaders:
+            loader.load_state_dict({"seen_images": images})
+        parts = [iter(loader) for loader in loaders]
+        for _ in range(batches):
+            for part in parts:
+                keys.extend(next(part)["key"])
+        for part in parts:
+            part.close()  # type: ignore[attr-defined]
+        (seen,) = {loader.state_dict()["seen_images"] for loader in loaders}
+        return seen
+
+    images = go_on(0, world_size=2, workers=1, batches=2)
+    images = go_on(images, world_size=1, workers=2, batches=2)
+    images = go_on(images, world_size=3, workers=0, batches=-(-(epoch - images) // 6))
+    assert images == len(keys) >= epoch
+    assert sorted(keys[:epoch]) == sorted(source.samples.key(n) for n in range(epoch))
+    with pytest.raises(ValueError, match="3 images were seen, which are no whole batches of 2 on 1 ranks"):
+        loader = ImageLoader(source, 2)
+        loader.load_state_dict({"seen_images": 3})
+        next(iter(loader))
+    with pytest.raises(ValueError, match="rank 2 must be from 0 to 1"):
+        ImageLoader(source, 2, rank=2, world_size=2)

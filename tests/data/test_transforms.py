@@ -87,6 +87,13 @@ def test_centre_crop_takes_the_middle() -> None:
     assert np.array_equal(crop, np.asarray(ramp(40, 20))[:, 10:30])
 
 
+def test_large_images_are_averaged_before_they_are_resized() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    averages = pixels.reshape(16, 4, 20, 4, 3).mean(axis=(1, 3))[:, 2:18]
+    crop = centre_crop(Image.fromarray(pixels), 16).astype(float)
+    assert np.abs(crop - averages).max() <= 2, "two box halvings, whose passes are rounded"
+
+
 def test_random_crops_follow_the_published_augmentation() -> None:
     """On a ramp, the slope tells the side, the middle tells the place, and the sign tells the mirroring."""
     width, height, resolution = 240, 120, 30
@@ -130,7 +137,23 @@ def test_crops_keep_to_their_limits() -> None:
     assert 29 < np.abs(across).min() < 32 and 46 < np.abs(across).max() < 49
     assert abs((across < 0).mean() - 0.9) < 0.06
     (whole,) = {random_crop(ramp(40, 40), 20, rng, CropConfig(side=(1, 1), flip=0)).tobytes() for _ in "abc"}
-    assert whole == centre_crop(ramp(40, 40), 20).tobytes()
+    assert whole == np.asarray(ramp(40, 40).resize((20, 20), Image.Resampling.LANCZOS)).tobytes()
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 20), (100, 83), (211, 160), (15, 60), (333, 81)])
+def test_centre_crop_is_that_of_adm(width: int, height: int) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    resolution, small = 20, image
+    for factor in (2, 4, 8):
+        if min(width, height) >= resolution * factor:
+            small = small.resize((small.width // 2, small.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(small.size)
+    resized = small.resize(
+        (round(small.width * scale), round(small.height * scale)), Image.Resampling.BICUBIC
+    )
+    left, top = (resized.width - resolution) // 2, (resized.height - resolution) // 2
+    expected = np.asarray(resized)[top : top + resolution, left : left + resolution]
+    assert np.array_equal(centre_crop(image, resolution), expected)
 
 
 @pytest.mark.parametrize(

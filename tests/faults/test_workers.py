@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -83,9 +84,13 @@ def test_an_unreadable_image_is_named_whoever_reads_it(
         code = run_command(vfmvae.train, "--config", tmp_path / "config.json", "--run-dir", folder)
     output, error = capsys.readouterr()
     assert code == 1
-    assert error.startswith(f"error: cannot read image {broken}: ")
-    assert error.endswith("; repair or remove it\n")
+    key = broken.relative_to(images).as_posix()
+    assert error.startswith(f"error: 1 of 7 images cannot be used, and max_broken 0.001 allows 0: {key} (")
+    assert error.endswith(
+        f"; the whole list is {folder}/quarantine.jsonl; repair or remove them, or allow more\n"
+    )
     assert error.count("\n") == 1
+    assert [json.loads(line)["key"] for line in lines_of(folder / "quarantine.jsonl")] == [key]
     command = RunFolder(folder).resume_command()
     assert output.endswith(f"step 1 is saved; when the cause below is mended, go on with: {command}\n")
     assert saved_steps(folder) == [0, 1]
@@ -93,6 +98,22 @@ def test_an_unreadable_image_is_named_whoever_reads_it(
     assert "from step 1\n" in run(config, folder)
     run(config, tmp_path / "undisturbed")
     assert torch.equal(*(next(iter(weights(path).values())) for path in (folder, tmp_path / "undisturbed")))
+
+
+def lines_of(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_few_broken_images_are_listed_and_replaced(workers: int, images: Path, tmp_path: Path) -> None:
+    (images / "train/2.png").write_bytes(b"")
+    (images / "train/4.png").write_bytes((images / "train/4.png").read_bytes()[:100])
+    config = cheap(steps=6, data=str(images), workers=workers, max_broken=0.3)
+    output = run(config, tmp_path / "run")
+    assert output.count("warning: train/2.png is left out: the file is empty\n") == 1
+    listed = [json.loads(line) for line in lines_of(tmp_path / "run/quarantine.jsonl")]
+    assert sorted(entry["key"] for entry in listed) == ["train/2.png", "train/4.png"]
+    assert saved_steps(tmp_path / "run")[-1] == 6
 
 
 def first_images(images: Path, count: int) -> set[int]:
@@ -106,7 +127,9 @@ def test_a_held_out_image_that_vanishes_costs_no_step(images: Path, tmp_path: Pa
     held_out = images / "val" / "held_out.png"
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(ValueError, match="cannot read image .*held_out"),
+        pytest.raises(
+            ValueError, match="none of the first held-out images can be read; val/held_out.png: No such"
+        ),
     ):
         patch.setattr(vfmvae.train, "training_step", removing(held_out))
         run(config, tmp_path / "run")

@@ -1,21 +1,31 @@
-"""Images for training and evaluation: uint8 batches by position, from photographs or folders."""
+"""Images for training and evaluation: uint8 batches by position, from photographs or stored data sets."""
 
 from __future__ import annotations
 
-from vfmvae.data.images import ImageFolder, open_data
-from vfmvae.data.loader import Request, load_batches, worker_deaths
+from vfmvae.data.formats import open_data, open_samples
+from vfmvae.data.images import Images
+from vfmvae.data.loader import Backend, ImageLoader, choose_backend, load_batches
 from vfmvae.data.photographs import Photographs
-from vfmvae.data.source import ImageBatch, ImageSource, Split, validation_batches
+from vfmvae.data.samples import Fault, SampleError, Samples
+from vfmvae.data.source import ImageBatch, ImageSource, Request, Split, validation_batches
+from vfmvae.data.workers import worker_deaths
 
 __all__ = [
+    "Backend",
+    "Fault",
     "ImageBatch",
-    "ImageFolder",
+    "ImageLoader",
     "ImageSource",
+    "Images",
     "Photographs",
     "Request",
+    "SampleError",
+    "Samples",
     "Split",
+    "choose_backend",
     "load_batches",
     "open_data",
+    "open_samples",
     "validation_batches",
     "worker_deaths",
 ]

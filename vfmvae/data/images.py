@@ -1,73 +1,112 @@
-"""A folder of images as an `ImageSource`, in the ImageNet layout or flat.
+"""Stored images of any format as an `ImageSource`, decoded and cut.
 
-    folder/class/any/depth/name.jpg     the class is the first sub-folder; without sub-folders there is one
-    folder/train/..., folder/val/...    a `val` or `validation` folder is the validation split; `train` (or,
-                                        if there is none, everything else) trains; classes lie inside each
+Training visits every sample once per epoch, in an order drawn from (seed, epoch); crop and mirroring are
+drawn from (seed, position), within the limits of a CropConfig. So a batch depends on the seed and its number
+alone: neither processes, nor reading workers, nor a restart change what a run sees. Validation is centre
+crops in order.
 
-Without such a folder about a twentieth of the files is held out, chosen by a hash of each file's relative
-name: the choice is the same on every machine and stays when files are added. Training visits every file once
-per epoch in an order drawn from (seed, epoch); crop and mirroring are drawn from (seed, position), within the
-limits of a CropConfig. Validation is centre crops in order.
+A sample that cannot be read is reported in `faults`. In training its place is taken by another one, drawn
+from (seed, position): batches keep their size, and every sample that can be read is still seen once per
+epoch in its own place. In validation it is left out.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import struct
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from vfmvae.data.photographs import Photographs
-from vfmvae.data.source import ImageBatch, ImageSource, Split, check_split_and_resolution, collate, positions
-from vfmvae.data.transforms import PUBLISHED_CROPS, CropConfig, as_rgb, centre_crop, random_crop
+from vfmvae.data.decoding import Plain, as_plain, decode
+from vfmvae.data.samples import NO_LABEL, Fault, SampleError, Samples
+from vfmvae.data.source import ImageBatch, Split, check_split_and_resolution, collate, positions
+from vfmvae.data.transforms import PUBLISHED_CROPS, CropConfig, Window, centre_crop, cut, random_window
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-VALIDATION_FOLDERS = ("val", "validation")
-HELD_OUT_ONE_IN = 20
-# What Pillow raises for files that are cut short, damaged, or not images at all.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+SUBSTITUTES = 31
+"""Samples tried for the place of one that cannot be read, before the data set as a whole is given up."""
+
+T = TypeVar("T")
 
 
-class ImageFolder:
-    """Images below a folder, cropped to `resolution`; decoding runs in a few threads.
+class EncodedBatch(NamedTuple):
+    """A training batch before decoding: what is cut of which bytes."""
 
-    `classes` are the sub-folder names of both splits in order, and labels index them. Raises ValueError for a
-    path that is missing, not a folder, or without images; `batch` does for a file that cannot be read.
+    data: Tensor  # uint8 [all bytes]: the images one after the other, JPEG or PPM
+    sizes: list[int]  # of each image, in bytes
+    shapes: list[tuple[int, int]]  # width, height
+    windows: list[Window]
+    label: Tensor  # int64 [B]
+    key: list[str]
+    number: list[int]
+    faults: list[Fault]
+
+
+class _Drawn(NamedTuple):
+    """A sample that could be used, and those before it that could not; none for a hole in validation."""
+
+    number: int | None
+    result: Any
+    faults: list[Fault]
+
+
+class Images:
+    """Samples cropped to `resolution`; reading and decoding run in a few threads.
+
+    Raises ValueError where SUBSTITUTES samples in a row cannot be read.
     """
 
-    def __init__(self, path: str | Path, resolution: int, split: Split = "train", seed: int = 0) -> None:
+    def __init__(self, samples: Samples, resolution: int, split: Split = "train", seed: int = 0) -> None:
         check_split_and_resolution(split, resolution)
-        self.path = Path(path)
+        self.samples = samples
         self.resolution = resolution
         self.split: Split = split
         self.seed = seed
-        splits = split_files(self.path)
-        if not splits[split]:
-            raise ValueError(f"no images for {split} in {path}: looked for {_extensions()} at any depth")
-        self.files = [file for file, _ in splits[split]]
-        self.classes = tuple(sorted({name for entries in splits.values() for _, name in entries}))
-        numbers = {name: number for number, name in enumerate(self.classes)}
-        self._labels = [numbers[name] for _, name in splits[split]]
+        self.classes = samples.classes
         self._pool: ThreadPoolExecutor | None = None
         self._pool_process = 0
 
     def __len__(self) -> int:
-        """Images in this split."""
-        return len(self.files)
+        """Samples in this split, broken ones too."""
+        return len(self.samples)
+
+    def faults(self) -> list[Fault]:
+        """What opening the data set has found that is no sample at all."""
+        return self.samples.faults()
 
     def batch(self, step: int, batch_size: int, crops: CropConfig = PUBLISHED_CROPS) -> ImageBatch:
-        """Images step * batch_size and following: image uint8 [B, 3, R, R], label int64 [B], key."""
+        """Images step * batch_size and following: uint8 [B, 3, R, R]; fewer in validation, of broken ones."""
         chosen = positions(step, batch_size, self.split, len(self))
-        numbers = [self._file_number(position) for position in chosen]
-        images = list(self._threads().map(partial(self._crop, crops), chosen, numbers))
-        keys = [self.files[number].relative_to(self.path).as_posix() for number in numbers]
-        return collate(images, [self._labels[number] for number in numbers], keys)
+        return self._collate(self._threads().map(partial(self._crop, crops), chosen))
+
+    def read(self, start: int, stop: int) -> ImageBatch:
+        """Samples start to stop - 1 as centre crops, without those that cannot be read."""
+        return self._collate(self._threads().map(self._centre, range(start, min(stop, len(self)))))
+
+    def encoded(self, step: int, batch_size: int, crops: CropConfig = PUBLISHED_CROPS) -> EncodedBatch:
+        """What `batch` decodes and cuts, for other decoders. Training only."""
+        chosen = positions(step, batch_size, self.split, len(self))
+        drawn = [self._draw(position, as_plain) for position in chosen]
+        plain: list[Plain] = [one.result for one in drawn]
+        numbers = [one.number for one in drawn if one.number is not None]
+        return EncodedBatch(
+            data=torch.from_numpy(np.frombuffer(b"".join(p.data for p in plain), dtype=np.uint8).copy()),
+            sizes=[len(p.data) for p in plain],
+            shapes=[(p.width, p.height) for p in plain],
+            windows=[
+                self._window(position, p.width, p.height, crops)
+                for position, p in zip(chosen, plain, strict=True)
+            ],
+            label=torch.tensor([self.samples.label(number) for number in numbers], dtype=torch.int64),
+            key=[self.samples.key(number) for number in numbers],
+            number=numbers,
+            faults=[fault for one in drawn for fault in one.faults],
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
@@ -80,114 +119,63 @@ class ImageFolder:
             self._pool_process = os.getpid()
         return self._pool
 
-    def _file_number(self, position: int) -> int:
+    def _crop(self, crops: CropConfig, position: int) -> _Drawn:
         if self.split == "validation":
-            return position
+            return self._centre(position)
+        drawn = self._draw(position, decode)
+        image: Image.Image = drawn.result
+        window = self._window(position, image.width, image.height, crops)
+        return drawn._replace(result=cut(image, window, self.resolution))
+
+    def _window(self, position: int, width: int, height: int, crops: CropConfig) -> Window:
+        return random_window(width, height, np.random.default_rng((self.seed, position)), crops)
+
+    def _centre(self, number: int) -> _Drawn:
+        try:
+            return _Drawn(number, centre_crop(self._use(number, decode), self.resolution), [])
+        except SampleError as error:
+            return _Drawn(None, None, [error.fault])
+
+    def _draw(self, position: int, use: Callable[[bytes, str], T]) -> _Drawn:
+        """The sample of a position of training, or the first one that can stand for it."""
+        faults: list[Fault] = []
+        for number in self._candidates(position):
+            try:
+                return _Drawn(number, self._use(number, use), faults)
+            except SampleError as error:
+                faults.append(error.fault)
+        raise ValueError(
+            f"{len(faults)} images that were tried one after the other cannot be read, at last"
+            f" {faults[-1].key}: {faults[-1].reason}; is the data set still there and whole?"
+        )
+
+    def _candidates(self, position: int) -> Iterator[int]:
         epoch, place = divmod(position, len(self))
-        return int(_epoch_order(self.seed, epoch, len(self))[place])
+        yield int(_epoch_order(self.seed, epoch, len(self))[place])
+        others = np.random.default_rng((self.seed, position, 1))
+        yield from others.integers(len(self), size=SUBSTITUTES).tolist()
 
-    def _crop(self, crops: CropConfig, position: int, number: int) -> np.ndarray:
-        image = read_image(self.files[number])
-        if self.split == "validation":
-            return centre_crop(image, self.resolution)
-        return random_crop(image, self.resolution, np.random.default_rng((self.seed, position)), crops)
+    def _use(self, number: int, use: Callable[[bytes, str], T]) -> T:
+        key = self.samples.key(number)
+        if self.samples.label(number) == NO_LABEL:
+            raise SampleError(key, "it has no label, and others have one")
+        return use(self.samples.read(number), key)
 
-
-def open_data(path: str | None, split: Split, resolution: int, seed: int = 0) -> ImageSource:
-    """The embedded photographs for None, else the image folder at `path`."""
-    if path is None:
-        return Photographs(split, resolution, seed)
-    return ImageFolder(path, resolution, split, seed)
-
-
-def read_image(file: Path) -> Image.Image:
-    """A file as an upright RGB image; ValueError names it where it is missing, damaged or no image."""
-    try:
-        with Image.open(file) as opened:
-            return as_rgb(opened)
-    except DECODE_ERRORS as error:
-        raise ValueError(f"cannot read image {file}: {error}; repair or remove it") from error
-
-
-def split_files(root: Path) -> dict[Split, list[tuple[Path, str]]]:
-    """The image files of both splits in sorted order, each with its class ("" outside of sub-folders)."""
-    _check_folder(root)
-    held_out = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
-    if held_out is None:
-        files = image_files(root)
-        return _hashed_split(files, root / "train" if _all_below(files, root / "train") else root)
-    base = root / "train" if (root / "train").is_dir() else root
-    training = [file for file in image_files(base) if not file.is_relative_to(held_out)]
-    return {
-        "train": [(file, _class_name(file, base)) for file in training],
-        "validation": [(file, _class_name(file, held_out)) for file in image_files(held_out)],
-    }
-
-
-def all_files(root: Path) -> list[tuple[Path, str]]:
-    """Both splits together, in sorted order; unlike them, of a single image too."""
-    _check_folder(root)
-    files = image_files(root)
-    if len(files) == 1:
-        return [(files[0], _class_name(files[0], root))]
-    return sorted(entry for entries in split_files(root).values() for entry in entries)
-
-
-def _check_folder(root: Path) -> None:
-    if not root.exists():
-        raise ValueError(f"image folder {root} does not exist; it should hold {_extensions()} files")
-    if not root.is_dir():
-        raise ValueError(f"{root} is a file; give the folder that holds the {_extensions()} files")
-
-
-def _hashed_split(files: list[Path], base: Path) -> dict[Split, list[tuple[Path, str]]]:
-    """About a twentieth of the files for validation, at least one and never all."""
-    if len(files) == 1:
-        raise ValueError(f"{base} holds one image only, {files[0].name}; training and validation need two")
-    hashes = {file: _stable_hash(file.relative_to(base).as_posix()) for file in files}
-    held_out = {file for file in files if hashes[file] % HELD_OUT_ONE_IN == 0}
-    if files and not held_out:
-        held_out = {min(files, key=hashes.__getitem__)}
-    if len(held_out) == len(files):
-        held_out.discard(max(files, key=hashes.__getitem__, default=base))
-    named = [(file, _class_name(file, base)) for file in files]
-    return {
-        "train": [entry for entry in named if entry[0] not in held_out],
-        "validation": [entry for entry in named if entry[0] in held_out],
-    }
-
-
-def _all_below(files: list[Path], folder: Path) -> bool:
-    """Whether `folder` is the training split itself; beside other folders with images it is a class."""
-    return bool(files) and all(file.is_relative_to(folder) for file in files)
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Image files at any depth, sorted by relative name; hidden files and folders are left out."""
-
-    def unreadable(error: OSError) -> None:
-        raise ValueError(f"cannot list image folder {error.filename}: {error.strerror}") from error
-
-    found: list[Path] = []
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, n) for n in names if not n.startswith(".") and n.lower().endswith(EXTENSIONS)]
-    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
-
-
-def _stable_hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
-def _class_name(file: Path, base: Path) -> str:
-    parts = file.relative_to(base).parts
-    return parts[0] if len(parts) > 1 else ""
+    def _collate(self, drawn: Iterator[_Drawn]) -> ImageBatch:
+        found = list(drawn)
+        whole = [(one.number, one.result) for one in found if one.number is not None]
+        numbers = [number for number, _ in whole]
+        batch = collate(
+            [crop for _, crop in whole] or [np.empty((self.resolution, self.resolution, 3), np.uint8)],
+            [self.samples.label(number) for number in numbers],
+            [self.samples.key(number) for number in numbers],
+            numbers,
+            [fault for one in found for fault in one.faults],
+        )
+        batch["image"] = batch["image"][: len(numbers)]
+        return batch
 
 
 @lru_cache(maxsize=4)
 def _epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(length)
-
-
-def _extensions() -> str:
-    return ", ".join(EXTENSIONS)

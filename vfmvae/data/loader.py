@@ -1,98 +1,131 @@
-"""Batches ahead of time: worker processes read a run's next batches while the device computes.
+"""Batches of training images ahead of time, on the device: by worker processes, by DALI where it is there.
 
-Which images a batch holds depends on its number and its crops alone, so neither the number of workers nor a
-restart changes what a run sees.
+Which images a batch holds depends on its number and its crops alone, so neither the backend, nor the number
+of workers, nor a restart changes what a run sees.
 """
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import closing
+from functools import partial
+from itertools import count
+from typing import Literal
 
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+import torch
 
-from vfmvae.data.source import ImageSource
+from vfmvae.data import dali
+from vfmvae.data.images import Images
+from vfmvae.data.source import ImageBatch, ImageSource, Request
 from vfmvae.data.transforms import PUBLISHED_CROPS, CropConfig
+from vfmvae.data.workers import read_ahead
+
+Backend = Literal["auto", "dali", "torch"]
 
 
-class Request(NamedTuple):
-    """A batch by its number, and how its images are cut."""
+def choose_backend(source: ImageSource, backend: Backend, device: torch.device) -> Literal["dali", "torch"]:
+    """What `backend` comes to: auto is DALI where nothing speaks against it.
 
-    number: int
-    crops: CropConfig = PUBLISHED_CROPS
-
-
-class _Batches(Dataset[Tensor | ValueError]):
-    """The batch of a source that is asked for as one tensor, or why there is none.
-
-    An error that a worker process raised would arrive here with a traceback as its sentence.
+    ValueError where DALI is asked for and cannot be used.
     """
-
-    def __init__(self, source: ImageSource, batch_size: int) -> None:
-        self.source = source
-        self.batch_size = batch_size
-
-    def __getitem__(self, asked: Request) -> Tensor | ValueError:
-        try:
-            return self.source.batch(asked.number, self.batch_size, asked.crops)["image"]
-        except ValueError as error:
-            return error
+    if backend == "torch":
+        return "torch"
+    objection = dali.why_not(source, device)
+    if backend == "dali" and objection is not None:
+        raise ValueError(f"the data backend dali cannot be used: {objection}")
+    return "torch" if objection is not None else "dali"
 
 
 def load_batches(
-    source: ImageSource, batch_size: int, requests: Iterable[Request], workers: int, pin: bool
-) -> Generator[Tensor, None, None]:
-    """Images uint8 [B, 3, R, R] of the batches that are asked for, in this order.
+    source: ImageSource,
+    batch_size: int,
+    requests: Iterable[Request],
+    workers: int,
+    device: torch.device,
+    backend: Backend = "auto",
+) -> Generator[ImageBatch, None, None]:
+    """The batches that are asked for, in this order, their images on `device`.
 
     Args:
         workers: reading processes; 0 reads in this one.
-        pin: page-locked memory, from which copies to a GPU do not block.
+        backend: dali decodes and cuts in DALI, on the GPU where `device` is one; torch in the workers, by
+            Pillow. See `choose_backend`, and vfmvae.data.dali for how far their pictures differ.
 
-    Close it where it is not read to its end, which ends the workers. Raises ValueError for an image that
-    cannot be read, and RuntimeError where a batch is awaited from a worker that has died (`worker_deaths`).
+    Close it where it is not read to its end, which ends the workers. Raises ValueError where images cannot be
+    read, and RuntimeError where a batch is awaited from a worker that has died (`worker_deaths`).
     """
-    loader = DataLoader(
-        _Batches(source, batch_size),
-        batch_size=None,
-        sampler=requests,
-        num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=4 if workers else None,
-    )
-    # Ctrl-C and batch systems signal every process of a run; workers inherit that these are blocked, and read
-    # on until the parent has finished.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    on_death = signal.getsignal(signal.SIGCHLD)
-    try:
-        batches = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        # torch's own handler raises wherever the program is when a worker dies: in the middle of a step, of
-        # which nothing could be kept. Without it the death is noticed where the worker's batch is awaited.
-        if signal.getsignal(signal.SIGCHLD) is not on_death:
-            signal.signal(signal.SIGCHLD, on_death or signal.SIG_DFL)
-    try:
+    if choose_backend(source, backend, device) == "dali":
+        assert isinstance(source, Images)
+        yield from dali.load_batches(source, batch_size, requests, workers, device)
+        return
+    read = partial(_read, source, batch_size)
+    with closing(read_ahead(read, requests, workers, pin=device.type == "cuda")) as batches:
         for batch in batches:
-            if isinstance(batch, ValueError):
-                raise batch
+            batch["image"] = batch["image"].to(device, non_blocking=True)
             yield batch
-    finally:
-        del batches  # ends the workers, though a traceback may keep this frame
 
 
-@contextmanager
-def worker_deaths() -> Iterator[None]:
-    """While entered, a worker that has died ends the work with ChildProcessError, a sentence."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        cause = str(error).strip().splitlines()[0]
-        raise ChildProcessError(
-            f"a process that reads images has died ({cause}); a machine short of memory kills them: try"
-            f" fewer --workers"
-        ) from None
+def _read(source: ImageSource, batch_size: int, asked: Request) -> ImageBatch:
+    return source.batch(asked.number, batch_size, asked.crops)
+
+
+class ImageLoader:
+    """An endless iterator over this rank's training batches, with a state that checkpoints.
+
+    Every sample comes once per epoch, over all ranks together, whatever happens in between: the state is how
+    many images all ranks have been given, and may be taken up by other numbers of ranks and workers. All
+    ranks are taken to have asked for as many batches as this one.
+
+        loader = ImageLoader(open_data("photos", "train", 256), 32, workers=4, device=torch.device("cuda"))
+        for batch in loader:  # image uint8 [B, 3, R, R] on the device, label int64 [B], key, number, faults
+            ...
+            checkpoint["data"] = loader.state_dict()
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        backend: Backend = "auto",
+        crops: CropConfig = PUBLISHED_CROPS,
+    ) -> None:
+        """batch_size: images of one batch of this rank; the others are described at `load_batches`."""
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} must be from 0 to {world_size - 1}, one below world_size")
+        self.source = source
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.workers = workers
+        self.device = torch.device(device)
+        self.backend = choose_backend(source, backend, self.device)
+        self.crops = crops
+        self.seen_images = 0
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        together = self.batch_size * self.world_size
+        first, rest = divmod(self.seen_images, together)
+        if rest:
+            raise ValueError(
+                f"{self.seen_images} images were seen, which are no whole batches of {self.batch_size} on"
+                f" {self.world_size} ranks; go on with sizes that divide them"
+            )
+        requests = (Request(step * self.world_size + self.rank, self.crops) for step in count(first))
+        loaded = load_batches(self.source, self.batch_size, requests, self.workers, self.device, self.backend)
+        with closing(loaded):
+            for batch in loaded:
+                self.seen_images += together
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """As it is after the batch that was given last."""
+        return {"seen_images": self.seen_images}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take effect at the next `iter`."""
+        self.seen_images = int(state["seen_images"])

@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from vfmvae.data.samples import Fault
 from vfmvae.data.source import ImageBatch, Split, check_split_and_resolution, collate, positions
 from vfmvae.data.transforms import PUBLISHED_CROPS, CropConfig, as_rgb
 
@@ -92,10 +93,14 @@ class Photographs:
         """Photographs when training; crops of the fixed list when validating."""
         return len(PHOTOGRAPHS) * (1 if self.split == "train" else VALIDATION_CROPS)
 
+    def faults(self) -> list[Fault]:
+        return []
+
     def batch(self, step: int, batch_size: int, crops: CropConfig = PUBLISHED_CROPS) -> ImageBatch:
         """Crops step * batch_size and following: image uint8 [B, 3, R, R], label int64 [B], key list[str]."""
-        cut = [self.crop(index, crops) for index in positions(step, batch_size, self.split, len(self))]
-        return collate([c.pixels for c in cut], [c.label for c in cut], [c.key for c in cut])
+        numbers = list(positions(step, batch_size, self.split, len(self)))
+        cut = [self.crop(index, crops) for index in numbers]
+        return collate([c.pixels for c in cut], [c.label for c in cut], [c.key for c in cut], numbers)
 
     def crop(self, index: int, crops: CropConfig = PUBLISHED_CROPS) -> Crop:
         """Crop number `index`; it depends on (split, resolution, seed, index, crops) alone."""

@@ -6,16 +6,24 @@ alone, so a run resumes by knowing its step, and rank r of n reads step * n + r.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, Protocol, TypedDict, get_args
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol, TypedDict, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vfmvae.data.samples import Fault
 from vfmvae.data.transforms import PUBLISHED_CROPS, CropConfig
 
 Split = Literal["train", "validation"]
+
+
+class Request(NamedTuple):
+    """A training batch by its number, and how its images are cut."""
+
+    number: int
+    crops: CropConfig = PUBLISHED_CROPS
 
 
 class ImageBatch(TypedDict):
@@ -24,6 +32,8 @@ class ImageBatch(TypedDict):
     image: Tensor  # uint8 [B, 3, R, R]
     label: Tensor  # int64 [B]
     key: list[str]  # where each image comes from, for messages and figures
+    number: list[int]  # of the sample in its data set (of photographs: the crop's)
+    faults: list[Fault]  # samples that could not be read; see vfmvae.data.images for what is in their place
 
 
 class ImageSource(Protocol):
@@ -35,6 +45,10 @@ class ImageSource(Protocol):
     classes: tuple[str, ...]
 
     def __len__(self) -> int: ...
+
+    def faults(self) -> list[Fault]:
+        """What opening it has found that is no image at all."""
+        ...
 
     def batch(self, step: int, batch_size: int, crops: CropConfig = PUBLISHED_CROPS) -> ImageBatch: ...
 
@@ -64,7 +78,18 @@ def check_split_and_resolution(split: str, resolution: int) -> None:
         raise ValueError(f"resolution {resolution} must be at least 1 pixel")
 
 
-def collate(crops: list[np.ndarray], labels: list[int], keys: list[str]) -> ImageBatch:
+def collate(
+    crops: list[np.ndarray],
+    labels: list[int],
+    keys: list[str],
+    numbers: list[int],
+    faults: Sequence[Fault] = (),
+) -> ImageBatch:
     """Crops uint8 [R, R, 3] as one batch, moved to NCHW without a copy beyond the stacking."""
-    image = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
-    return {"image": image, "label": torch.tensor(labels, dtype=torch.int64), "key": keys}
+    return {
+        "image": torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2),
+        "label": torch.tensor(labels, dtype=torch.int64),
+        "key": keys,
+        "number": numbers,
+        "faults": list(faults),
+    }

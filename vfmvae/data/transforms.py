@@ -2,12 +2,14 @@
 
 Cropping and resampling happen on PIL images, before any tensor exists. The published VFM-VAE augmentation is
 a random square of 0.5 to 1 times the short side, a Lanczos resize and a mirror image half of the time
-(arXiv 2510.18457). The way from uint8 to the model's [-1, 1] is `vfmvae.images.to_unit`.
+(arXiv 2510.18457). Held-out and encoded images are cut as ADM does it. The way from uint8 to the model's
+[-1, 1] is `vfmvae.images.to_unit`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -74,26 +76,52 @@ def _sixteen_bit_as_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
+class Window(NamedTuple):
+    """A square of an image in pixels, not necessarily whole ones, and whether its crop is mirrored."""
+
+    left: float
+    top: float
+    side: float
+    mirrored: bool
+
+
 def centre_crop(image: Image.Image, resolution: int) -> np.ndarray:
-    """The largest centred square of an RGB image, Lanczos-resized: uint8 [resolution, resolution, 3]."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return _resized_square(image, left, top, side, resolution)
+    """The centre of an RGB image as ADM cuts it: uint8 [resolution, resolution, 3].
+
+    Halved by box filters while the short side is at least twice the resolution, then resized to it with a
+    bicubic filter, then cut (Dhariwal and Nichol, arXiv 2105.05233). What generation is measured on.
+    """
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = round(image.width * scale), round(image.height * scale)
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+
+
+def random_window(
+    width: int, height: int, rng: np.random.Generator, crops: CropConfig = PUBLISHED_CROPS
+) -> Window:
+    """A random square inside of an image of this size.
+
+    The side is uniform in its range, the place uniform among those inside the image.
+    """
+    side = min(width, height) * rng.uniform(*crops.side)
+    left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
+    return Window(left, top, side, bool(rng.random() < crops.flip))
+
+
+def cut(image: Image.Image, window: Window, resolution: int) -> np.ndarray:
+    """A square of an RGB image, Lanczos-resized and perhaps mirrored: uint8 [resolution, resolution, 3]."""
+    left, top, side, mirrored = window
+    box = (left, top, min(left + side, image.width), min(top + side, image.height))
+    crop = np.asarray(image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box))
+    return crop[:, ::-1] if mirrored else crop
 
 
 def random_crop(
     image: Image.Image, resolution: int, rng: np.random.Generator, crops: CropConfig = PUBLISHED_CROPS
 ) -> np.ndarray:
-    """A random square of an RGB image, perhaps mirrored: uint8 [resolution, resolution, 3].
-
-    The side is uniform in its range, the place uniform among those inside the image.
-    """
-    side = min(image.size) * rng.uniform(*crops.side)
-    left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
-    crop = _resized_square(image, left, top, side, resolution)
-    return crop[:, ::-1] if rng.random() < crops.flip else crop
-
-
-def _resized_square(image: Image.Image, left: float, top: float, side: float, resolution: int) -> np.ndarray:
-    box = (left, top, min(left + side, image.width), min(top + side, image.height))
-    return np.asarray(image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box))
+    """A random square of an RGB image, perhaps mirrored: uint8 [resolution, resolution, 3]."""
+    return cut(image, random_window(image.width, image.height, rng, crops), resolution)

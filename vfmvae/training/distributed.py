@@ -11,10 +11,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others, which may be compiling, reading from a cold disk or writing files.
@@ -100,10 +103,19 @@ def mean_over_ranks(*tensors: Tensor) -> None:
         tensor.copy_(piece.view_as(tensor))
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on at least one rank; a collective of the hosts, which waits for no device."""
+def any_rank(*flags: bool) -> list[bool]:
+    """Whether each flag is set on at least one rank; a collective of the hosts, which waits for no device."""
     if world_size() == 1:
-        return flag
-    seen = torch.tensor([flag], dtype=torch.int32)
+        return list(flags)
+    seen = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-    return bool(seen.item())
+    return [bool(flag) for flag in seen.tolist()]
+
+
+def gather_lists(own: list[T]) -> list[T]:
+    """The entries of all ranks' lists, in the order of ranks."""
+    if world_size() == 1:
+        return own
+    lists: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(lists, own)
+    return [entry for entries in lists for entry in entries]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vfmvae.atomic import remove_leftovers, write_atomically
+from vfmvae.data.quarantine import QUARANTINE
 from vfmvae.training.checkpoint_folder import checkpoints, remove_partial_checkpoints
 from vfmvae.training.figures import LATEST, keep_figures_until
 from vfmvae.training.logging import keep_lines_until
@@ -15,7 +16,9 @@ RUNS = Path("runs")
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, checkpoints/, model.safetensors and reconstructions.png of a run."""
+    """The files of a run: config.json, metrics.jsonl, checkpoints/, model.safetensors, reconstructions.png,
+    quarantine.jsonl.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,6 +27,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.model = path / "model.safetensors"
         self.figure = path / LATEST
+        self.quarantine = path / QUARANTINE
 
     def check_new(self) -> None:
         """ValueError unless a new run can begin here, because a run's files or something else is there.

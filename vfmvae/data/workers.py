@@ -1,0 +1,90 @@
+"""Reading ahead: worker processes do a run's next pieces of reading while the device computes.
+
+What a piece holds depends on its request alone, so neither the number of workers nor a restart changes what a
+run sees.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from torch.utils.data import DataLoader, Dataset
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _Pieces(Dataset, Generic[R, T]):
+    """What `read` gives for a request, or why there is none.
+
+    An error that a worker process raised would arrive with a traceback as its sentence.
+    """
+
+    def __init__(self, read: Callable[[R], T]) -> None:
+        self.read = read
+
+    def __getitem__(self, request: R) -> T | ValueError:
+        try:
+            return self.read(request)
+        except ValueError as error:
+            return error
+
+
+def read_ahead(
+    read: Callable[[R], T], requests: Iterable[R], workers: int, pin: bool = False
+) -> Generator[T, None, None]:
+    """What `read` gives for each request, in their order.
+
+    Args:
+        read: can be pickled where processes are spawned; what it returns goes through a queue.
+        workers: reading processes; 0 reads in this one.
+        pin: tensors in page-locked memory, from which copies to a GPU do not block.
+
+    Close it where it is not read to its end, which ends the workers. Raises ValueError where `read` did, and
+    RuntimeError where a piece is awaited from a worker that has died (`worker_deaths`).
+    """
+    loader: DataLoader = DataLoader(
+        _Pieces(read),
+        batch_size=None,
+        sampler=requests,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )
+    # Ctrl-C and batch systems signal every process of a run; workers inherit that these are blocked, and read
+    # on until the parent has finished.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    on_death = signal.getsignal(signal.SIGCHLD)
+    try:
+        pieces = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # torch's own handler raises wherever the program is when a worker dies: in the middle of a step, of
+        # which nothing could be kept. Without it the death is noticed where the worker's piece is awaited.
+        if signal.getsignal(signal.SIGCHLD) is not on_death:
+            signal.signal(signal.SIGCHLD, on_death or signal.SIG_DFL)
+    try:
+        for piece in pieces:
+            if isinstance(piece, ValueError):
+                raise piece
+            yield piece
+    finally:
+        del pieces  # ends the workers, though a traceback may keep this frame
+
+
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """While entered, a worker that has died ends the work with ChildProcessError, a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        cause = str(error).strip().splitlines()[0]
+        raise ChildProcessError(
+            f"a process that reads images has died ({cause}); a machine short of memory kills them: try"
+            f" fewer --workers"
+        ) from None
