@@ -57,6 +57,35 @@ def test_held_out_photographs_are_measured_and_filed_with_the_tokenizer(tiny: Pa
     assert result["tokenizer"] == str(tiny) and len(result["tokenizer_sha256"]) == 64
 
 
+def test_broken_images_are_left_out_and_named_up_to_a_limit(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(5):
+        save_image(tmp_path / f"in/{number}.png", 70, 70, seed=number)
+    arguments = [
+        "--tokenizer",
+        tiny,
+        "--data",
+        tmp_path / "in",
+        "--part",
+        "all",
+        "--output",
+        tmp_path / "a.json",
+    ]
+    (tmp_path / "in/5.png").write_bytes(b"")
+    assert run(module, *arguments, "--batch-size", "1") == 1
+    assert "error: 1 of 6 images cannot be used, and max_broken 0.001 allows 0: 5.png (the file is" in (
+        capsys.readouterr().err
+    )
+    assert run(module, *arguments, "--batch-size", "1", "--max-broken", "0.2") == 0
+    assert "warning: 5.png is left out: the file is empty" in capsys.readouterr().out
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["images"] == 5 and found["left_out"] == ["5.png"]
+    (tmp_path / "in/5.png").unlink()
+    assert run(module, *arguments, "--batch-size", "1") == 0
+    assert json.loads((tmp_path / "a.json").read_text())["psnr"] == found["psnr"]
+
+
 def test_vgg_weights_make_the_distance_lpips(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

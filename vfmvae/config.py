@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from vfmvae.data import Backend
+from vfmvae.data.quarantine import check_share
 from vfmvae.discriminators import ProjectedDiscriminatorConfig
 from vfmvae.discriminators.layers import group_count
 from vfmvae.losses.perceptual import PerceptualName
@@ -87,8 +88,7 @@ class TrainConfig:
         for name, limit in {**lowest, "workers": 0, "keep_checkpoints": 1}.items():
             if getattr(self, name) < limit:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {limit}")
-        if not 0 <= self.max_broken <= 1:
-            raise ValueError(f"max_broken is {self.max_broken}; it is a share, from 0 to 1")
+        check_share(self.max_broken)
         for name in ("steps", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -25,7 +25,9 @@ from vfmvae import __version__
 from vfmvae.atomic import write_atomically
 from vfmvae.cli import command, parse
 from vfmvae.data.ordered import OrderedImages, open_in_order
+from vfmvae.data.quarantine import Quarantine, check_share
 from vfmvae.data.samples import Part
+from vfmvae.data.transforms import CENTRE_CROP
 from vfmvae.images import to_unit
 from vfmvae.inference import (
     ModelOptions,
@@ -67,6 +69,8 @@ class Evaluate:
     """Size of the centre squares; if not given, the tokenizer's own."""
     vgg: Path | None = None
     """VGG16 weights for LPIPS: torchvision's vgg16-397923af.pth, or a .safetensors of the same."""
+    max_broken: float = 0.001
+    """Share of the images that may be unreadable; they are left out. Beyond it the command stops."""
     output: Path | None = None
     """The JSON file; if not given, evaluation.json in the tokenizer's folder, here for one from the hub."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -74,6 +78,7 @@ class Evaluate:
     def __post_init__(self) -> None:
         if self.images is not None and self.images < 1:
             raise ValueError(f"images is {self.images}; it must be at least 1")
+        check_share(self.max_broken)
 
 
 @torch.no_grad()
@@ -83,20 +88,34 @@ def evaluate(
     distance: tuple[str, PerceptualNetwork],
     batch_size: int,
     bar: Progress,
-) -> dict[str, float]:
-    """The mean of each measure over all images; `distance` has a name and a network."""
+    quarantine: Quarantine,
+) -> tuple[dict[str, float], int]:
+    """The mean of each measure, and over how many images; `distance` has a name and a network.
+
+    Images that cannot be read go to `quarantine`, which may have enough of them: ValueError.
+    """
     device = tokenizer.align.weight.device
     name, network = distance
     sums = dict.fromkeys(("psnr", "ssim", name), 0.0)
+    measured = 0
+    quarantine.add(source.faults())
     for start in range(0, len(source), batch_size):
-        images = source.read(start, min(start + batch_size, len(source)))["image"]
+        batch = source.read(start, min(start + batch_size, len(source)))
+        quarantine.add(batch["faults"])
+        quarantine.check()
+        bar.advance(bar.task_ids[0], len(batch["key"]) + len(batch["faults"]))
+        images = batch["image"]
+        measured += len(images)
+        if not len(images):
+            continue
         reconstructions = reconstruct_images(tokenizer, images)
         pair = to_unit(reconstructions).to(device), to_unit(images).to(device)
         sums["psnr"] += psnr(*pair).sum().item()
         sums["ssim"] += ssim(*pair).sum().item()
         sums[name] += lpips(*pair, network).double().sum().item()
-        bar.advance(bar.task_ids[0], len(images))
-    return {measure: total / len(source) for measure, total in sums.items()}
+    if not measured:
+        raise ValueError(f"none of the {len(source)} images can be read")
+    return {measure: total / measured for measure, total in sums.items()}, measured
 
 
 def choose_distance(vgg: Path | None, console: Console) -> tuple[str, PerceptualNetwork]:
@@ -117,21 +136,26 @@ def main() -> None:
     source = open_in_order(options.data, options.part, resolution, options.images)
     distance, network = choose_distance(options.vgg, console)
     network = network.to(tokenizer.align.weight.device).eval()
+    quarantine = Quarantine(None, len(source), options.max_broken)
+    batch_size = options.model.batch_size
     with memory_errors(), progress(console, "evaluating", len(source)) as bar:
-        means = evaluate(tokenizer, source, (distance, network), options.model.batch_size, bar)
+        means, measured = evaluate(tokenizer, source, (distance, network), batch_size, bar, quarantine)
+    for key, reason in quarantine.found.items():
+        say(console, f"warning: {key} is left out: {reason}")
 
-    table = Table("", "mean", title=f"{len(source)} images at {resolution} px", title_justify="left")
+    table = Table("", "mean", title=f"{measured} images at {resolution} px", title_justify="left")
     for measure, value in means.items():
         table.add_row(HEADINGS[measure], f"{value:.4f}")
     console.print(table)
     result = {
         # Equal images have an infinite PSNR, which JSON has no word for.
         **{measure: value if math.isfinite(value) else None for measure, value in means.items()},
-        "images": len(source),
+        "images": measured,
+        "left_out": [*quarantine.found],
         "data": options.data or "embedded photographs",
         "part": options.part,
         "resolution": resolution,
-        "preprocessing": "largest centred square, Lanczos",
+        "preprocessing": CENTRE_CROP,
         "tokenizer": name,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
         "dtype": dtype_name(tokenizer.dtype),

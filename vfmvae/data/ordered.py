@@ -11,7 +11,7 @@ from typing import Protocol
 from vfmvae.data.formats import open_samples
 from vfmvae.data.images import Images
 from vfmvae.data.photographs import SCENES, Photographs
-from vfmvae.data.samples import Part, Samples
+from vfmvae.data.samples import Fault, Part, Samples
 from vfmvae.data.source import ImageBatch, check_split_and_resolution, collate
 
 TRAINING_CROPS = 1000
@@ -27,6 +27,10 @@ class OrderedImages(Protocol):
 
     def names(self) -> list[str]:
         """A name of every image, with `/` between folders."""
+        ...
+
+    def faults(self) -> list[Fault]:
+        """What opening it has found that is no image at all."""
         ...
 
     def read(self, start: int, stop: int) -> ImageBatch:
@@ -48,6 +52,9 @@ class SamplesInOrder:
     def names(self) -> list[str]:
         return [self._images.samples.key(number) for number in range(self._count)]
 
+    def faults(self) -> list[Fault]:
+        return self._images.faults()
+
     def read(self, start: int, stop: int) -> ImageBatch:
         return self._images.read(start, min(stop, self._count))
 
@@ -66,6 +73,9 @@ class PhotographsInOrder:
 
     def names(self) -> list[str]:
         return [self._name(number) for number in range(self._count)]
+
+    def faults(self) -> list[Fault]:
+        return []
 
     def read(self, start: int, stop: int) -> ImageBatch:
         numbers = list(range(start, min(stop, self._count)))

@@ -16,6 +16,12 @@ QUARANTINE = "quarantine.jsonl"
 SHOWN = 3
 
 
+def check_share(most: float) -> None:
+    """ValueError unless `max_broken` can be that."""
+    if not 0 <= most <= 1:
+        raise ValueError(f"max_broken is {most}; it is a share, from 0 to 1")
+
+
 class Quarantine:
     """Faults of a data set of `images` samples, of which a share of `most` may be broken.
 

@@ -43,6 +43,8 @@ class CropConfig:
 
 
 PUBLISHED_CROPS = CropConfig()
+CENTRE_CROP = "centre crop of ADM: box halvings, then bicubic"
+"""What `centre_crop` does, for those who find its results."""
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
