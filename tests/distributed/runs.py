@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m tests.distributed.runs FOLDER ACT
 
 Acts: `sharded` and `carried` train with FSDP2, the second from a checkpoint of one process; `poisoned` meets
-NaN on one rank until it has rolled back; `dies` loses a rank in step 7, `leaves` its torchrun too.
+NaN on one rank until it has rolled back; `dies` loses a rank in step 7, `leaves` its torchrun too; `broken`
+reads FOLDER/images, of which no image may be broken.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ def perform(act: str, folder: Path) -> None:
         vfmvae.train.training_step = spoiled_step
         safety = SafetyConfig(max_skips=2, max_rollbacks=1)
         train(replace(run_config(), safety=safety, checkpoint_every=2), folder / act)
+    elif act == "broken":
+        config = replace(run_config(), data=str(folder / "images"), max_broken=0.0)
+        vfmvae.train.command(lambda: train(config, folder / act))()
     else:
         assert act in ("dies", "leaves"), act
         vfmvae.train.training_step = fatal_step

@@ -16,9 +16,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from tests.commands import save_image
 from tests.distributed.launch import launched, run
 from tests.distributed.runs import DYING_STEP, HALF, STEPS, run_config
 from tests.tiny_runs import largest_difference
+from vfmvae.data import open_data
 from vfmvae.serialization import to_json
 from vfmvae.tokenizer.files import read_safetensors
 from vfmvae.train import train
@@ -124,6 +126,23 @@ def test_all_roll_back_when_one_meets_nan(folder: Path) -> None:
     assert "2 steps in a row up to step 5 were skipped" in printed
     assert steps_of(folder / "poisoned") == list(range(1, STEPS + 1))
     assert all(tensor.isfinite().all() for tensor in weights(folder / "poisoned").values())
+
+
+def test_both_stop_when_one_meets_a_broken_image(folder: Path) -> None:
+    for number in range(10):
+        save_image(folder / f"images/{number}.png", 70, 70, seed=number)
+    seed, batch = run_config().seed, 4  # of both; rank 1 has the later half
+    order = open_data(str(folder / "images"), "train", 64, seed).batch(0, 2 * batch)["key"]
+    key = next(key for key in order[batch + 2 :] if key not in order[:batch])
+    (folder / "images" / key).write_bytes(b"")
+    printed = run("tests.distributed.runs", folder, "broken", code=1)
+    assert f"warning: {key} is left out: the file is empty" in printed
+    assert "error: 1 of 10 images cannot be used, and max_broken 0 allows 0" in printed
+    assert "]: Traceback" not in printed, "but of torchrun itself"
+    (line,) = (folder / "broken" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == key
+    assert "step 1 is saved; when the cause below is mended, go on with: torchrun" in printed
+    assert [step_of(path) for path in checkpoints(folder / "broken" / "checkpoints")] == [0, 1]
 
 
 def test_a_dying_rank_ends_the_run_with_its_cause_and_it_goes_on_exactly(
