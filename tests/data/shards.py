@@ -1,4 +1,4 @@
-"""Tar shards for the tests, written by tarfile, and ways to damage them."""
+"""Tar shards for the tests, written by tarfile, ways to damage them, and what is read from them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from vfmvae.data.webdataset import ShardSamples
 
 
 def jpeg(number: int) -> bytes:
@@ -45,3 +47,27 @@ def overwrite(path: Path, offset: int, contents: bytes) -> None:
     with open(path, "r+b") as file:
         file.seek(offset)
         file.write(contents)
+
+
+def write_imagenet(root: Path) -> Path:
+    """Three training shards of 20 and two validation shards of 5 samples."""
+    for shard in range(3):
+        write_tar(root / f"imagenet1k-train-{shard:04}.tar", labelled(range(20 * shard, 20 * shard + 20)))
+    for shard in range(2):
+        numbers = range(100 + 5 * shard, 105 + 5 * shard)
+        write_tar(root / f"imagenet1k-validation-{shard:02}.tar", labelled(numbers))
+    return root
+
+
+def contents(samples: ShardSamples) -> dict[str, tuple[bytes, int]]:
+    keys = [samples.key(number) for number in range(len(samples))]
+    assert len(set(keys)) == len(keys) and keys == samples.keys()
+    return {key: (samples.read(n), samples.label(n)) for n, key in enumerate(keys)}
+
+
+def names(samples: ShardSamples) -> list[str]:
+    return [samples.key(number).rpartition("/")[2] for number in range(len(samples))]
+
+
+def reasons(samples: ShardSamples) -> str:
+    return "; ".join(f"{fault.key} {fault.reason}" for fault in samples.faults())

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from vfmvae.atomic import reason
+from vfmvae.data.named_files import means_files, named_files
 from vfmvae.data.packed import PackedStrings
 from vfmvae.data.samples import NO_LABEL, Fault, Part, SampleError
-from vfmvae.data.shard_files import is_shards, shard_files
 from vfmvae.data.shard_index import ShardIndex, build_index, load_index, store_index, unreadable_shard
 from vfmvae.data.splits import check_part, divide, hashed_rows
 
-__all__ = ["ShardSamples", "is_shards", "open_shards"]
-
+SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+"""Compressed ones are refused, but known for shards, so that the refusal can say why."""
 OPEN_SHARDS = 64
 """Files that a process keeps open; a process may have 1024 by default."""
 INDEX_THREADS = 8
@@ -115,6 +115,11 @@ class ShardSamples:
         self.__dict__.update(state, _files=_OpenFiles())
 
 
+def is_shards(where: str) -> bool:
+    """Whether `where` means tar shards: a file, a pattern, or a folder that holds some and no images."""
+    return means_files(where, SHARDS)
+
+
 def open_shards(where: str, part: Part, on_index: Callable[[int, int], None] | None = None) -> ShardSamples:
     """The samples of a folder of shards, a .tar file, a glob or a brace pattern, as `part` says.
 
@@ -125,7 +130,7 @@ def open_shards(where: str, part: Part, on_index: Callable[[int, int], None] | N
     ValueError for an address, a missing file, an unknown part, and where no image is left for `part`.
     """
     check_part(part)
-    root, found = shard_files(where)
+    root, found = named_files(where, SHARDS, "shard")
     training, validation = divide(found)
     shards = sorted({*training, *validation})
     indexes = open_indexes([root / shard for shard in shards], on_index)

@@ -1,4 +1,4 @@
-"""Which tar shards a folder, a file, a glob or a brace pattern names."""
+"""Which data files a folder, a file, a glob or a brace pattern names: tar shards, parquet files."""
 
 from __future__ import annotations
 
@@ -9,45 +9,49 @@ from pathlib import Path
 
 from vfmvae.data.shard_index import IMAGES
 
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-"""Refused when they are read, but known for shards, so that the refusal can say why."""
-SHARDS = (".tar", *COMPRESSED)
 _IMAGE_FILES = tuple(f".{extension}" for extension in IMAGES)
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://|pipe:", re.IGNORECASE)
 # A range of numbers or a list, without braces inside.
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 
 
-def is_shards(where: str) -> bool:
-    """Whether `where` means tar shards: a file, a pattern, or a folder that holds some and no images."""
+def means_files(where: str, endings: tuple[str, ...]) -> bool:
+    """Whether `where` means files with one of `endings`: one, a pattern of them, or a folder that holds some.
+
+    Also where they are not there, so that opening them can say so. A folder that holds images as well is one
+    of images: the first that is met ends the walk.
+    """
     if os.path.isdir(where):
-        return holds(Path(where), SHARDS)
+        return _holds(Path(where), endings)
     name = where.partition("?")[0] if _REMOTE.match(where) else where
-    return any(expanded.endswith(SHARDS) for expanded in expand_braces(name))
+    return any(expanded.endswith(endings) for expanded in expand_braces(name))
 
 
-def shard_files(where: str) -> tuple[Path, list[str]]:
+def named_files(where: str, endings: tuple[str, ...], what: str) -> tuple[Path, list[str]]:
     """The folder that names are relative to, and the names in sorted order.
 
-    That folder is `where` itself, else the part of it before the first wildcard, else the file's: shards have
-    the same names whether they are opened as a folder or by a pattern below it. ValueError for an address,
-    for a path that does not exist, also if a pattern lists it, and for one without shards.
+    That folder is `where` itself, else the part of it before the first wildcard, else the file's: files have
+    the same names whether they are opened as a folder or by a pattern below it. `what` they are, and the
+    first of `endings`, is for messages. ValueError for an address, for a path that does not exist, also if a
+    pattern lists it, and for a folder without such files.
     """
     if _REMOTE.match(where):
-        raise ValueError(f"shards are read from files, not from {where}; copy them here first")
+        raise ValueError(f"{what}s are read from this machine, not from {where}; copy them here first")
     path = Path(where)
     if path.is_dir():
-        names = find_files(path, SHARDS)
+        names = _find(path, endings)
         if not names:
-            raise ValueError(f"no shards in {where}: looked for .tar files at any depth")
+            raise ValueError(f"no {what}s in {where}: looked for {endings[0]} files at any depth")
         return path, names
     if path.exists():
         return path.parent, [path.name]
     patterns = expand_braces(where)
     if patterns == [where] and not has_magic(where):
-        raise ValueError(f"shard {where} does not exist; give a .tar file, a folder or a pattern of them")
-    found = [Path(name) for pattern in patterns for name in _matches(pattern, where)]
-    root = Path(*_before_wildcards(path.parts[:-1]))
+        raise ValueError(f"{what} {where} does not exist; give a {endings[0]} file, a folder or a pattern")
+    found = [Path(name) for pattern in patterns for name in _matches(pattern, where, what)]
+    parts = path.parts[:-1]
+    wild = next((i for i, part in enumerate(parts) if has_magic(part) or "{" in part), len(parts))
+    root = Path(*parts[:wild])
     return root, sorted({file.relative_to(root).as_posix() for file in found})
 
 
@@ -70,8 +74,8 @@ def expand_braces(pattern: str) -> list[str]:
     ]
 
 
-def find_files(folder: Path, endings: tuple[str, ...]) -> list[str]:
-    """Names below `folder` of the files with one of `endings`, at any depth, sorted; hidden ones left out."""
+def _find(folder: Path, endings: tuple[str, ...]) -> list[str]:
+    """Names below `folder` at any depth, hidden files and folders left out."""
     found: list[str] = []
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -80,8 +84,7 @@ def find_files(folder: Path, endings: tuple[str, ...]) -> list[str]:
     return sorted(found)
 
 
-def holds(folder: Path, endings: tuple[str, ...]) -> bool:
-    """Whether files with one of `endings` lie below `folder` and no images do: the first image ends it."""
+def _holds(folder: Path, endings: tuple[str, ...]) -> bool:
     found = False
     for _, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -92,17 +95,12 @@ def holds(folder: Path, endings: tuple[str, ...]) -> bool:
     return found
 
 
-def _matches(pattern: str, where: str) -> list[str]:
+def _matches(pattern: str, where: str, what: str) -> list[str]:
     if not has_magic(pattern):
         if not os.path.exists(pattern):
-            raise ValueError(f"shard {pattern}, one of {where}, does not exist")
+            raise ValueError(f"{what} {pattern}, one of {where}, does not exist")
         return [pattern]
     found = [name for name in glob(pattern, recursive=True) if os.path.isfile(name)]
     if not found:
-        raise ValueError(f"no file matches {pattern}; give a folder of .tar files or another pattern")
+        raise ValueError(f"no file matches {pattern}; give a folder of {what}s or another pattern")
     return found
-
-
-def _before_wildcards(parts: tuple[str, ...]) -> list[str]:
-    end = next((i for i, part in enumerate(parts) if has_magic(part) or "{" in part), len(parts))
-    return list(parts[:end])
