@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.data.shards import contents, jpeg, labelled, names, overwrite, reasons, write_imagenet, write_tar
-from vfmvae.data import webdataset
+from vfmvae.data import shard_index, webdataset
 from vfmvae.data.samples import NO_LABEL, Fault
 from vfmvae.data.shard_index import index_places
 from vfmvae.data.webdataset import is_shards, open_shards
@@ -72,7 +72,7 @@ def test_members_of_a_sample_may_be_apart_and_of_many_kinds(tmp_path: Path) -> N
 def test_labels_that_are_missing_negative_or_no_integers(tmp_path: Path) -> None:
     records = {"d": b'{"label": "dog"}', "e": b"[1]", "f": b'{"caption": "x"}', "g": b'{"label": true}'}
     files = [(f"{n}.jpg", b"x") for n in "abcdefghi"]
-    files += [("a.cls", b"2"), ("b.cls", b"-1"), ("h.cls", b"cat"), ("i.json", b'{"lab')]
+    files += [("a.cls", b"2"), ("b.cls", b"-5"), ("h.cls", b"cat"), ("i.json", b'{"lab')]
     write_tar(tmp_path / "a.tar", files + [(f"{n}.json", text) for n, text in records.items()])
     samples = open_shards(str(tmp_path), "all")
     assert [samples.label(n) for n in range(9)] == [2] + 8 * [NO_LABEL]
@@ -114,6 +114,20 @@ def test_zeros_in_the_middle_are_not_the_end(tmp_path: Path) -> None:
     samples = open_shards(str(tmp_path), "all")
     assert names(samples) == ["0000", "0001", "0004", "0005"]
     assert f"no valid header at byte {places['0002.jpg']}" in reasons(samples)
+
+
+@pytest.mark.parametrize("piece", [64, 512, 4 * 2**20])
+def test_missing_bytes_shift_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(shard_index, "SEARCHED_AT_ONCE", piece)
+    places = write_tar(tmp_path / "a.tar", labelled(range(5)))
+    whole, cut = (tmp_path / "a.tar").read_bytes(), places["0001.jpg"] + 600
+    (tmp_path / "a.tar").write_bytes(whole[:cut] + whole[cut + 77 :])
+    samples = open_shards(str(tmp_path), "all")
+    assert names(samples) == ["0000", "0001", "0002", "0003", "0004"]
+    assert [samples.read(n) for n in (0, 2, 3, 4)] == [jpeg(n) for n in (0, 2, 3, 4)]
+    assert f"no valid header at byte {places['0001.cls']}; reading went on" in reasons(samples)
 
 
 def test_a_damaged_first_header(tmp_path: Path) -> None:
@@ -214,7 +228,9 @@ def test_an_index_is_made_once_and_as_long_as_the_shard_stays(
     shard = imagenet / "imagenet1k-train-0001.tar"
     os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
     assert contents(open_shards(str(imagenet), "all")) == first and built == [shard.name]
+    changed = shard.stat().st_mtime_ns
     write_tar(shard, labelled([7]))
+    os.utime(shard, ns=(0, changed))
     assert len(open_shards(str(imagenet), "train")) == 41 and built == 2 * [shard.name]
 
 

@@ -35,7 +35,9 @@ LARGEST_LABEL = 999_999
 """Classes are listed, and a number beyond this is an id of something else."""
 FORMAT = 1
 BLOCK = tarfile.BLOCKSIZE
-SEARCHED_AT_ONCE = 4 * 2**20  # bytes, whole blocks
+SEARCHED_AT_ONCE = 4 * 2**20  # bytes
+# What tarfile raises for headers, also for those that have a right checksum and senseless contents.
+HEADER_ERRORS = (tarfile.TarError, ValueError, LookupError, OverflowError, MemoryError, RecursionError)
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -235,12 +237,12 @@ def _run(
     """Members from `start` on; returns where no header follows, or None after a member that is cut short."""
     try:
         archive = tarfile.TarFile(fileobj=file, mode="r", encoding="utf-8", errors="backslashreplace")
-    except tarfile.ReadError:
+    except HEADER_ERRORS:
         return start
     while True:
         try:
-            member = archive.next()
-        except tarfile.ReadError:
+            member = archive.next() if archive.offset <= end else None
+        except HEADER_ERRORS:
             return archive.offset
         if member is None:
             return archive.offset
@@ -255,13 +257,13 @@ def _run(
 
 
 def _next_header(descriptor: int, start: int, end: int) -> int | None:
-    """Where the next header with a right checksum begins."""
+    """Where the next header with a right checksum begins; bytes may be missing, so at any byte."""
     for position in range(start, end, SEARCHED_AT_ONCE):
-        piece = os.pread(descriptor, SEARCHED_AT_ONCE, position)
+        piece = os.pread(descriptor, SEARCHED_AT_ONCE + BLOCK, position)  # and one across the end
         place = piece.find(b"ustar")
         while place >= 0:
             block = place - 257  # where POSIX and GNU tar put this word in a header
-            if block % BLOCK == 0 and _is_header(piece[block : block + BLOCK]):
+            if block >= 0 and _is_header(piece[block : block + BLOCK]):
                 return position + block
             place = piece.find(b"ustar", place + 1)
     return None

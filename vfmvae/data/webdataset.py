@@ -52,7 +52,7 @@ class ShardSamples:
         self.classes = classes
         self._root = root.absolute()
         self._shards = list(shards)
-        self._stamps = [(index.bytes, index.mtime_ns) for index in indexes]
+        self._bytes = [index.bytes for index in indexes]
         self._shard = np.repeat(np.arange(len(indexes), dtype=np.int32), [len(i.names) for i in indexes])
         none = np.zeros(0, np.int64)
         self._offset = np.concatenate([none, *(index.offset for index in indexes)])
@@ -84,7 +84,9 @@ class ShardSamples:
         name = self._shards[shard]
         try:
             file = self._files.get(self._root / name)
-            if (file.bytes, file.mtime_ns) != self._stamps[shard]:
+            if (
+                file.bytes != self._bytes[shard]
+            ):  # not the time, as some touch files to keep them from a purge
                 raise SampleError(self.key(number), f"shard {name} has changed since its data were opened")
             image = _read(file.descriptor, offset, size)
         except (FileNotFoundError, NotADirectoryError):
@@ -138,8 +140,12 @@ def open_shards(where: str, part: Part, on_index: Callable[[int, int], None] | N
         first = next((f"{s} {i.faults[0]}" for s, i in zip(shards, indexes, strict=True) if i.faults), "")
         raise ValueError(f"no image is left in {where} (shards: {len(shards)}): {first}")
     _check_nested(shards, indexes)
-    classes, indexes = label_classes(indexes, [root, (root / shards[0]).parent])
+    largest = max(int(index.label.max(initial=NO_LABEL)) for index in indexes)
+    if largest == NO_LABEL:
+        indexes = [index._replace(label=np.zeros_like(index.label)) for index in indexes]
+    classes, unused = class_names(largest, [root, (root / shards[0]).parent])
     samples = ShardSamples(root, shards, indexes, classes)
+    samples._faults += unused
     if validation and part != "all":
         chosen = set(training if part == "train" else validation)
         kept = np.array([shard in chosen for shard in shards])
@@ -170,23 +176,22 @@ def open_indexes(files: Sequence[Path], on_index: Callable[[int, int], None] | N
     return [index for index in indexes if index is not None]
 
 
-def label_classes(
-    indexes: Sequence[ShardIndex], folders: Sequence[Path]
-) -> tuple[tuple[str, ...], list[ShardIndex]]:
-    """The classes, and the indexes with labels that index them.
+def class_names(largest: int, folders: Sequence[Path]) -> tuple[tuple[str, ...], list[Fault]]:
+    """The classes for labels up to `largest`; one, "", where that is NO_LABEL.
 
-    One class "", and label 0 for all, where no sample has a label. Else the lines of a file with class names
-    in the first of `folders` that has one, if there are enough of them, and "0" to the largest label if not.
+    Else the lines of a file with class names in the first of `folders` that has one. "0" to the largest label
+    where there is none, or where it has too few lines, which is a fault.
     """
-    largest = max(int(index.label.max(initial=NO_LABEL)) for index in indexes)
     if largest == NO_LABEL:
-        return ("",), [index._replace(label=np.zeros_like(index.label)) for index in indexes]
+        return ("",), []
     numbers = tuple(map(str, range(largest + 1)))
     file = next((f / n for f in folders for n in CLASS_NAMES if (f / n).is_file()), None)
     if file is None:
-        return numbers, list(indexes)
-    names = tuple(line.strip() for line in file.read_text(encoding="utf-8").rstrip().splitlines())
-    return names if len(names) > largest else numbers, list(indexes)
+        return numbers, []
+    names = tuple(line.strip() for line in file.read_text("utf-8", "replace").rstrip().splitlines())
+    if len(names) > largest:
+        return names, []
+    return numbers, [Fault(file.name, f"is not used: it has no line for label {largest}")]
 
 
 def _build(file: Path) -> ShardIndex:
@@ -228,8 +233,7 @@ class _OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        status = os.fstat(self.descriptor)
-        self.bytes, self.mtime_ns = status.st_size, status.st_mtime_ns
+        self.bytes = os.fstat(self.descriptor).st_size
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
