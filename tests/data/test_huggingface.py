@@ -221,7 +221,7 @@ def test_columns_that_do_not_tell_the_image(tmp_path: Path, columns: dict[str, A
 
 @pytest.mark.parametrize("name", ["label", "labels", "cls", "class", "fine_label"])
 def test_integer_labels(tmp_path: Path, name: str) -> None:
-    columns: dict[str, Any] = {"image": [b"x"] * 4, name: [4, None, -1, 0], "coarse_label": [9] * 4}
+    columns: dict[str, Any] = {"image": [b"x"] * 4, name: [4, None, -5, 0], "coarse_label": [9] * 4}
     parquet(tmp_path / "0.parquet", **columns)
     samples = open_dataset(str(tmp_path), "all")
     assert [samples.label(n) for n in range(4)] == [4, NO_LABEL, NO_LABEL, 0]
@@ -318,6 +318,11 @@ def test_damaged_parquet_files_are_told_and_left_out(tmp_path: Path) -> None:
         "data/train-empty.parquet",
     ]
     assert all(fault.reason.startswith("cannot be read: ") for fault in samples.faults())
+    (where / "data" / "validation-00000-of-00001.parquet").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match="no image is left in .*: data/validation-00000-of-00001.parquet can"
+    ):
+        open_dataset(str(where), "train")
     with pytest.raises(ValueError, match="no image is left in .*: train-empty.parquet cannot be read: "):
         open_dataset(str(where / "data" / "train-empty.parquet"), "all")
 

@@ -239,7 +239,9 @@ def test_a_damaged_index_is_made_again(imagenet: Path, damage: bytes) -> None:
     first = contents(open_shards(str(imagenet), "train"))
     index = imagenet / "imagenet1k-train-0000.tar.index.npz"
     whole = index.read_bytes()
-    for wrong in (damage, whole[: len(whole) // 2], whole[:-200]):
+    method = whole.index(b"PK\x01\x02") + 10  # of compression, one that is not known
+    unknown = whole[:method] + b"\x63" + whole[method + 1 :]
+    for wrong in (damage, whole[: len(whole) // 2], whole[:-200], unknown):
         index.write_bytes(wrong)
         assert contents(open_shards(str(imagenet), "train")) == first
         with np.load(index, allow_pickle=False) as stored:

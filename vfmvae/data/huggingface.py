@@ -162,18 +162,18 @@ def _load_parquet(where: str) -> tuple[dict[str, Dataset], list[Fault]]:
             try:
                 empty = pq.read_metadata(root / name).num_rows == 0
             except (OSError, ValueError) as error:
-                faults.append(Fault(name, f"cannot be read: {reason(error).splitlines()[0]}"))
+                faults.append(Fault(name, f"cannot be read: {_first_line(error)}"))
                 continue
             if empty:
                 faults.append(Fault(name, "holds no rows"))
             else:
                 good.append(os.path.abspath(root / name))
+        if files and not good:
+            raise ValueError(f"no image is left in {where}: {faults[-1].key} {faults[-1].reason}")
         if good:
             split = kind_of(files[0]) or "train"
             with _readable(where):
                 splits[split] = datasets.Dataset.from_parquet(good, split=datasets.NamedSplit(split))
-    if not splits:
-        raise ValueError(f"no image is left in {where}: {faults[0].key} {faults[0].reason}")
     return splits, faults
 
 
@@ -187,8 +187,12 @@ def _readable(where: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException, DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        words = str(reason(cause) if isinstance(cause, Exception) else cause).strip().splitlines()
-        raise ValueError(f"cannot read the data set {where}: {words[0] if words else cause!r}") from error
+        raise ValueError(f"cannot read the data set {where}: {_first_line(cause)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    words = reason(error) if isinstance(error, OSError) else str(error)
+    return next(iter(words.strip().splitlines()), type(error).__name__)
 
 
 def _table(where: str, split: str, rows: Dataset) -> Table:

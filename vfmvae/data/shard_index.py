@@ -118,7 +118,7 @@ def _read_index(path: Path) -> ShardIndex | None:
             offset, sizes, label, ends = stored["numbers"]
             names = PackedStrings.split(stored["names"], ends)
             faults = tuple(json.loads(stored["faults"].tobytes()))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         return None
     return ShardIndex(offset, sizes, label, names, faults, size, mtime_ns)
 
