@@ -140,7 +140,7 @@ def main() -> None:
     batch_size = options.model.batch_size
     with memory_errors(), progress(console, "evaluating", len(source)) as bar:
         means, measured = evaluate(tokenizer, source, (distance, network), batch_size, bar, quarantine)
-    for key, reason in quarantine.found.items():
+    for key, reason in quarantine.found:
         say(console, f"warning: {key} is left out: {reason}")
 
     table = Table("", "mean", title=f"{measured} images at {resolution} px", title_justify="left")
@@ -151,7 +151,7 @@ def main() -> None:
         # Equal images have an infinite PSNR, which JSON has no word for.
         **{measure: value if math.isfinite(value) else None for measure, value in means.items()},
         "images": measured,
-        "left_out": [*quarantine.found],
+        "left_out": sorted({fault.key for fault in quarantine.found}),
         "data": options.data or "embedded photographs",
         "part": options.part,
         "resolution": resolution,

@@ -27,7 +27,7 @@ from vfmvae.training.averaging_adam import AveragingAdam
 from vfmvae.training.companion import Companion
 from vfmvae.training.companion import check_new as check_companion
 from vfmvae.training.device import compute_dtype, keep_freed_memory, pick_device, set_precision
-from vfmvae.training.distributed import mean_over_ranks, rank, world_size
+from vfmvae.training.distributed import barrier, mean_over_ranks, rank, world_size
 from vfmvae.training.draws import StandingDraws, StepDraws
 from vfmvae.training.ema import EMA, ema_beta
 from vfmvae.training.evaluation import HELD_OUT_IMAGES, Evaluation, evaluate
@@ -94,8 +94,12 @@ class Job:
             keep_freed_memory()
         set_precision(deterministic=config.engine.deterministic)
         resolution = config.tokenizer.resolution
+        if rank() > 0:
+            barrier()  # the first one indexes shards, for all
         self.data = open_data(config.data, "train", resolution, config.seed)
         self.held_out = open_data(config.data, "validation", resolution, config.seed)
+        if rank() == 0:
+            barrier()
         self.data_backend = choose_backend(self.data, config.data_backend, self.device)
         self.faults = [*self.data.faults(), *self.held_out.faults()]  # not yet reported
         self._dtype = compute_dtype(config.dtype, self.device)

@@ -10,18 +10,17 @@ name: the choice is the same on every machine and stays when files are added.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from vfmvae.atomic import reason
-from vfmvae.data.samples import Fault, Part, SampleError
+from vfmvae.data.samples import IMAGE_EXTENSIONS, Fault, Part, SampleError
 from vfmvae.data.source import Split
+from vfmvae.data.splits import held_out
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+EXTENSIONS = tuple(sorted(f".{extension}" for extension in IMAGE_EXTENSIONS))
 VALIDATION_FOLDERS = ("val", "validation")
-HELD_OUT_ONE_IN = 20
 
 
 class FolderSamples:
@@ -69,15 +68,15 @@ def open_folder(root: Path, part: Part) -> FolderSamples:
 def split_files(root: Path) -> dict[Split, list[tuple[Path, str]]]:
     """The image files of both splits in sorted order, each with its class ("" outside of sub-folders)."""
     _check_folder(root)
-    held_out = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
-    if held_out is None:
+    validation = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
+    if validation is None:
         files = image_files(root)
         return _hashed_split(files, root / "train" if _all_below(files, root / "train") else root)
     base = root / "train" if (root / "train").is_dir() else root
-    training = [file for file in image_files(base) if not file.is_relative_to(held_out)]
+    training = [file for file in image_files(base) if not file.is_relative_to(validation)]
     return {
         "train": [(file, _class_name(file, base)) for file in training],
-        "validation": [(file, _class_name(file, held_out)) for file in image_files(held_out)],
+        "validation": [(file, _class_name(file, validation)) for file in image_files(validation)],
     }
 
 
@@ -101,16 +100,11 @@ def _hashed_split(files: list[Path], base: Path) -> dict[Split, list[tuple[Path,
     """About a twentieth of the files for validation, at least one and never all."""
     if len(files) == 1:
         raise ValueError(f"{base} holds one image only, {files[0].name}; training and validation need two")
-    hashes = {file: _stable_hash(file.relative_to(base).as_posix()) for file in files}
-    held_out = {file for file in files if hashes[file] % HELD_OUT_ONE_IN == 0}
-    if files and not held_out:
-        held_out = {min(files, key=hashes.__getitem__)}
-    if len(held_out) == len(files):
-        held_out.discard(max(files, key=hashes.__getitem__, default=base))
+    chosen = held_out(file.relative_to(base).as_posix() for file in files)
     named = [(file, _class_name(file, base)) for file in files]
     return {
-        "train": [entry for entry in named if entry[0] not in held_out],
-        "validation": [entry for entry in named if entry[0] in held_out],
+        "train": [entry for entry, out in zip(named, chosen, strict=True) if not out],
+        "validation": [entry for entry, out in zip(named, chosen, strict=True) if out],
     }
 
 
@@ -130,10 +124,6 @@ def image_files(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, n) for n in names if not n.startswith(".") and n.lower().endswith(EXTENSIONS)]
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
-
-
-def _stable_hash(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def _class_name(file: Path, base: Path) -> str:

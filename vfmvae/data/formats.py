@@ -4,20 +4,38 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import Progress
+
 from vfmvae.data.folder import open_folder
+from vfmvae.data.huggingface import is_dataset, open_dataset
 from vfmvae.data.images import Images
 from vfmvae.data.photographs import Photographs
 from vfmvae.data.samples import Part, Samples
 from vfmvae.data.source import ImageSource, Split, check_split_and_resolution
+from vfmvae.data.webdataset import is_shards, open_shards
 
 
 def open_samples(path: str, part: Part) -> Samples:
-    """The stored images at `path`; ValueError where there are none."""
-    return open_folder(Path(path), part)
+    """The stored images at `path`: a Hugging Face data set, tar shards, or a folder of image files.
+
+    Shards without an index are read once, with a progress bar on a terminal. ValueError where there is
+    nothing of the kind, or nothing for `part`.
+    """
+    if is_dataset(path):
+        return open_dataset(path, part)
+    if not is_shards(path):
+        return open_folder(Path(path), part)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("indexing shards", total=None, visible=False)
+        return open_shards(
+            path, part, lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+        )
 
 
 def open_data(path: str | None, split: Split, resolution: int, seed: int = 0) -> ImageSource:
-    """The embedded photographs for None, else the data set at `path`."""
+    """The embedded photographs for None, else the data set at `path` (`open_samples`)."""
     if path is None:
         return Photographs(split, resolution, seed)
     check_split_and_resolution(split, resolution)

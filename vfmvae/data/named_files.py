@@ -7,9 +7,9 @@ import re
 from glob import glob, has_magic
 from pathlib import Path
 
-from vfmvae.data.shard_index import IMAGES
+from vfmvae.data.samples import IMAGE_EXTENSIONS
 
-_IMAGE_FILES = tuple(f".{extension}" for extension in IMAGES)
+_IMAGE_FILES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://|pipe:", re.IGNORECASE)
 # A range of numbers or a list, without braces inside.
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")

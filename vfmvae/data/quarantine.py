@@ -33,44 +33,45 @@ class Quarantine:
         self.path = path
         self.images = images
         self.most = most
-        self.found: dict[str, str] = {}
+        self.found: dict[Fault, None] = {}
         self._written = _listed(path) if path is not None else set()
 
     def add(self, faults: Iterable[Fault]) -> list[Fault]:
         """Note faults; returns those that are new to this process. OSError if the list cannot be written."""
-        new = list({f.key: f for f in faults if f.key not in self.found}.values())
-        self.found |= dict(new)
-        unwritten = [fault for fault in new if fault.key not in self._written]
+        new = [fault for fault in dict.fromkeys(faults) if fault not in self.found]
+        self.found |= dict.fromkeys(new)
+        unwritten = [fault for fault in new if fault not in self._written]
         if self.path is not None and unwritten:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(fault._asdict()) + "\n" for fault in unwritten)
                 file.flush()
                 os.fsync(file.fileno())
-            self._written |= {fault.key for fault in unwritten}
+            self._written |= set(unwritten)
         return new
 
     def check(self) -> None:
         """ValueError if more samples are broken than may be."""
         limit = int(self.images * self.most)
-        if len(self.found) <= limit:
+        broken = len({fault.key for fault in self.found})
+        if broken <= limit:
             return
-        first = [f"{key} ({reason})" for key, reason in list(self.found.items())[:SHOWN]]
+        first = [f"{key} ({reason})" for key, reason in list(self.found)[:SHOWN]]
         more = f" and {len(self.found) - SHOWN} more" if len(self.found) > SHOWN else ""
         where = f"; the whole list is {self.path}" if self.path is not None else ""
         raise ValueError(
-            f"{len(self.found)} of {self.images:,} images cannot be used, and max_broken {self.most:g} allows"
+            f"{broken} of {self.images:,} images cannot be used, and max_broken {self.most:g} allows"
             f" {limit}: {', '.join(first)}{more}{where}; repair or remove them, or allow more"
         )
 
 
-def _listed(path: Path) -> set[str]:
-    """The keys in a list; a line that a kill has cut short is left out."""
-    keys = set()
+def _listed(path: Path) -> set[Fault]:
+    """What a list holds; a line that a kill has cut short is left out."""
+    faults = set()
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                keys.add(json.loads(line)["key"])
-            except (json.JSONDecodeError, KeyError, TypeError):
+                faults.add(Fault(**json.loads(line)))
+            except (json.JSONDecodeError, TypeError):
                 continue
-    return keys
+    return faults

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple, Protocol
 Part = Literal["train", "validation", "all"]
 """Which of a data set's samples: a split, or both."""
 NO_LABEL = -1
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
+"""Files that are images, in any case; a sample with several is shown by the first in this order."""
 
 
 class Fault(NamedTuple):

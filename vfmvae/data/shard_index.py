@@ -4,7 +4,7 @@ Samples follow the WebDataset rule: the files of an archive whose paths agree up
 name are one sample, and the rest of the name is the extension, `n01440764/10026.jpg` and `10026.cls`. They
 need not be neighbours. Hidden files are no samples.
 
-    image   .jpg, or the first of `IMAGES` that there is; .seg.png and others with a dot inside are no images
+    image   .jpg, or the first of IMAGE_EXTENSIONS that is there; .seg.png and others with a dot are no images
     label   .cls, an integer as text; else .json, an object with an integer "label"; negative ones are none
 
 A damaged archive gives what can still be read: after a header that is not one, reading goes on at the next.
@@ -26,10 +26,8 @@ import numpy as np
 
 from vfmvae.atomic import reason, write_atomically
 from vfmvae.data.packed import PackedStrings
-from vfmvae.data.samples import NO_LABEL
+from vfmvae.data.samples import IMAGE_EXTENSIONS, NO_LABEL
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
-"""The extensions of images, in order of preference where a sample has several."""
 LABELS = ("cls", "json")
 LARGEST_LABEL = 999_999
 """Classes are listed, and a number beyond this is an id of something else."""
@@ -141,7 +139,9 @@ def build_index(shard: Path) -> ShardIndex:
                 unreadable.append(name)
     without = [name for name in samples if name not in found]
     if not found and not faults:
-        faults.append(f"holds no images: looked for .{', .'.join(IMAGES)} after the first dot of each name")
+        faults.append(
+            f"holds no images: looked for .{', .'.join(IMAGE_EXTENSIONS)} after the first dot of each name"
+        )
     elif found and without:
         faults.append(f"{_count(without)} without an image after the first dot of the name")
     if twice:
@@ -175,7 +175,7 @@ def _group(members: Generator[Member, None, None]) -> tuple[dict[str, _Sample], 
             continue
         name = folder + slash + stem
         sample = samples.setdefault(name, _Sample())
-        for field, table in (("image", IMAGES), ("label", LABELS)):
+        for field, table in (("image", IMAGE_EXTENSIONS), ("label", LABELS)):
             if extension in table:
                 rank, before = table.index(extension), getattr(sample, field)
                 if before is None or rank < before[0]:
