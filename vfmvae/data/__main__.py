@@ -63,17 +63,21 @@ class Inspect:
     threads: int | None = None
     """Decode so many images at a time; if not given, one per CPU."""
 
-    def __post_init__(self) -> None:
-        for name in ("images", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        if self.output.suffix.lower() != ".png":
-            raise ValueError(f"output is {self.output}; the contact sheet is a PNG: end its name in .png")
-        for name in ("output", "quarantine"):
-            file = getattr(self, name)
-            if file is not None and file.resolve().is_relative_to(Path(self.path).resolve()):
-                raise ValueError(f"{name} {file} would lie in the data set; choose a file outside of it")
+
+def check(options: Inspect) -> None:
+    """UsageError for a value that cannot be used."""
+    for name in ("images", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: it must be at least 1")
+    if options.output.suffix.lower() != ".png":
+        raise UsageError(
+            f"--output {options.output}: the contact sheet is a PNG, give a name that ends in .png"
+        )
+    for name in ("output", "quarantine"):
+        file = getattr(options, name)
+        if file is not None and file.resolve().is_relative_to(Path(options.path).resolve()):
+            raise UsageError(f"--{name} {file} would lie in the data set: give a file outside of it")
 
 
 class Section(NamedTuple):
@@ -99,6 +103,7 @@ def main() -> None:
 
 def run_inspect(options: Inspect) -> None:
     """Raises ValueError if there is no data set to open, OSError if a file cannot be written."""
+    check(options)
     console = Console()
     samples = open_samples(options.path, options.part)
     count = len(samples) if options.images is None else min(options.images, len(samples))
