@@ -207,7 +207,7 @@ def copy_section(samples: Samples, copies: list[Copy]) -> Section:
     ]
     if len(copies) > COPIES_SHOWN:
         rows.append((f"({len(copies) - COPIES_SHOWN:,} more)", ""))
-    return Section("copies", ("image", "is the same file as"), rows, numeric=False)
+    return Section("copies", ("image", "has the bytes of"), rows, numeric=False)
 
 
 def fault_section(faults: list[Fault]) -> Section:
