@@ -29,10 +29,13 @@ COMMANDS = {
     "decode": "shards of latents to images",
     "evaluate": "PSNR, SSIM and perceptual distance of reconstructions",
     "report": "one HTML page of a run: curves and reconstructions",
+    "data": "what a data set holds: counts, sizes, classes, broken files, a contact sheet",
     "convert": "published checkpoints to this project's format",
     "doctor": "which accelerated parts are found, and what is used instead",
     "pretrain_mini": "train the small encoder that the demo uses",
 }
+FOLDERS = ("convert", "data")
+"""Commands that are packages with a __main__, and no modules."""
 
 
 class UsageError(ValueError):
@@ -138,7 +141,7 @@ def main() -> None:
         print(f"error: unknown command {name!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"vfmvae {name}", *sys.argv[2:]]
-    module = importlib.import_module(f"vfmvae.{name}.__main__" if name == "convert" else f"vfmvae.{name}")
+    module = importlib.import_module(f"vfmvae.{name}.__main__" if name in FOLDERS else f"vfmvae.{name}")
     module.main()
 
 
