@@ -28,7 +28,7 @@ def latents(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for number, name in enumerate(("a/1.png", "a/1.bmp", "b/2.png", "b/3.png", "b/4.png")):
         save_image(folder / "in" / name, 70, 90, seed=number)
-    arguments = ["--data", folder / "in", "--part", "all", "--kind", "mean", "--shard-images", "2"]
+    arguments = [folder / "in", "--part", "all", "--kind", "mean", "--shard-images", "2"]
     assert run(encode, "--tokenizer", tiny, "--output", folder / "latents", *arguments) == 0
     return folder / "latents"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import vfmvae
@@ -20,7 +18,9 @@ from tests.commands import run, save_image, save_tiny
 from tests.helpers import ROOT
 from tests.tokenizer.tiny import DISCRETE, tiny_config, tiny_tokenizer
 from vfmvae import encode as module
-from vfmvae.data.latents import Latents, LatentSettings, LatentWriter
+from vfmvae.data.latent_folder import settings_in
+from vfmvae.data.latent_writer import LatentWriter
+from vfmvae.data.latents import Latents
 from vfmvae.data.ordered import open_in_order
 
 
@@ -66,7 +66,7 @@ def test_latents_of_photographs_are_samples_of_the_posterior(tiny: Path, tmp_pat
 def test_the_mean_can_be_stored_in_sixteen_bits(tiny: Path, tmp_path: Path) -> None:
     for number in range(3):
         save_image(tmp_path / f"in/{number}.png", 90, 70, seed=number)
-    arguments = ["--data", tmp_path / "in", "--part", "all", "--kind", "mean", "--storage", "bf16"]
+    arguments = [tmp_path / "in", "--part", "all", "--kind", "mean", "--storage", "bf16"]
     assert encode(tiny, tmp_path / "out", *arguments) == 0
     source = open_in_order(str(tmp_path / "in"), "all", 64)
     with torch.no_grad():
@@ -133,9 +133,7 @@ def test_a_killed_process_loses_one_shard_at_most(tiny: Path, tmp_path: Path) ->
         process.kill()
     done = shards(out)
     assert process.returncode == -9 and len(done) >= 3
-    with safe_open(out / "latents_00000.safetensors", framework="pt") as opened:
-        settings = LatentSettings(**json.loads(opened.metadata()["settings"]))
-    writer = LatentWriter(out, settings, ())
+    writer = LatentWriter(out, settings_in(out / "latents_00000.safetensors"), ())
     assert writer.missing == list(range(len(done), 250)) and writer.damaged == []
 
 
@@ -152,8 +150,8 @@ def test_processes_share_the_shards(tiny: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--data", "absent"], 1, "image folder absent does not exist"),
-        (["--data", "broken", "--part", "all"], 1, "cannot read image broken/1.png"),
+        (["absent"], 1, "image folder absent does not exist"),
+        (["broken", "--part", "all"], 1, "cannot read image broken/1.png"),
         (["--part", "all"], 1, "choose part train or validation"),
         (["--resolution", "65"], 2, "--resolution 65 does not fit"),
         (["--share", "2/2"], 2, "share is '2/2'"),

@@ -70,6 +70,7 @@ def decode(
     device = tokenizer.align.weight.device
     for start in range(0, count, batch_size):
         batch = latents.read(start, min(start + batch_size, count))
+        assert batch["latent"] is not None  # every folder has them
         yield batch, to_uint8(tokenizer.decode(batch["latent"].to(device))).cpu()
 
 
@@ -121,11 +122,16 @@ def check_latents(latents: Latents, tokenizer: Tokenizer) -> None:
 def main() -> None:
     options = parse(Decode, "decode")
     check_new(options.output)
-    latents = Latents(options.latents, "validation")
+    latents = Latents(options.latents, "validation", fields=("latents",))
     console = Console()
     _, tokenizer = open_tokenizer(options.model, console)
     check_latents(latents, tokenizer)
-    if tokenizer_hash(tokenizer) != latents.manifest.settings.tokenizer:
+    settings = latents.manifest.settings
+    if settings.origin != "encode":
+        say(
+            console, f"note: these latents come from {settings.origin}; which tokenizer wrote them is unknown"
+        )
+    elif tokenizer_hash(tokenizer) != settings.tokenizer:
         say(console, "note: another tokenizer wrote these latents")
 
     count = min(options.images or len(latents), len(latents))
