@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, cast
@@ -271,7 +272,7 @@ def main() -> None:
             settings,
             source.classes,
             (index, processes),
-            lambda: bar.advance(bar.task_ids[0]),
+            partial(bar.advance, bar.task_ids[0]),
         )
     for problem in writer.damaged:
         say(console, f"{problem}; it is encoded again")
@@ -287,7 +288,7 @@ def main() -> None:
             faults += shard.faults
     seconds = time.perf_counter() - started
     with progress(console, "finishing", 2 * settings.shards, "shards") as bar:
-        manifest = writer.finish(lambda: bar.advance(bar.task_ids[0]))
+        manifest = writer.finish(partial(bar.advance, bar.task_ids[0]))
     console.quiet = False
     report(console, options.output, (index, processes), todo, seconds, faults, manifest)
 
