@@ -11,6 +11,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from vfmvae.atomic import write_atomically
 from vfmvae.cli import command, parse
+from vfmvae.data.latent_folder import check_shards, read_manifest
 from vfmvae.data.latents import LatentBatch, Latents
 from vfmvae.images import to_uint8
 from vfmvae.inference import (
@@ -111,6 +113,14 @@ def check_new(folder: Path) -> None:
         raise ValueError(f"{folder} is not empty; give a new folder as --output")
 
 
+def open_latents(folder: Path, console: Console) -> Latents:
+    """The latents of a folder, checksums compared. ValueError for one that is not whole."""
+    manifest = read_manifest(folder)
+    with progress(console, "checking", len(manifest.shards), "shards") as bar:
+        check_shards(folder, manifest, advance=partial(bar.advance, bar.task_ids[0]))
+    return Latents(folder, "validation", verify=False, fields=("latents",))
+
+
 def check_latents(latents: Latents, tokenizer: Tokenizer) -> None:
     """ValueError unless the latents have the tokenizer's channels."""
     channels, needed = latents.manifest.latent_shape[0], tokenizer.config.latent_channels
@@ -122,8 +132,8 @@ def check_latents(latents: Latents, tokenizer: Tokenizer) -> None:
 def main() -> None:
     options = parse(Decode, "decode")
     check_new(options.output)
-    latents = Latents(options.latents, "validation", fields=("latents",))
     console = Console()
+    latents = open_latents(options.latents, console)
     _, tokenizer = open_tokenizer(options.model, console)
     check_latents(latents, tokenizer)
     settings = latents.manifest.settings

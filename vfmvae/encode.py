@@ -132,8 +132,8 @@ def encode_shard(
     A batch may lack images that cannot be read: its `number` says which ones are there, and `faults` what is
     wrong with the others. Raises FloatingPointError for an image that gives NaN.
     """
-    parts: dict[str, list[Tensor]] = {
-        name: [torch.empty(0, *shape, dtype=STORAGE[settings.storage])]
+    tensors = {
+        name: torch.empty(len(rows), *shape, dtype=STORAGE[settings.storage])
         for name, shape in row_shapes(tokenizer, settings).items()
     }
     labels = [torch.empty(0, dtype=torch.int64)]
@@ -155,13 +155,13 @@ def encode_shard(
             )
             for name, tensor in encoded.items():
                 check_finite(name, tensor, batch["key"])
-                parts[name + suffix].append(tensor)
+                tensors[name + suffix][len(names) : len(names) + len(there)] = tensor
         labels.append(batch["label"])
         names += batch["key"]
         numbers += there
-    tensors = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    tensors |= {"labels": torch.cat(labels), "names": pack_names(names), "numbers": torch.tensor(numbers)}
-    tensors["numbers"] = tensors["numbers"].to(torch.int64)  # of no numbers it would be float
+    tensors = {name: tensor[: len(names)] for name, tensor in tensors.items()}
+    tensors |= {"labels": torch.cat(labels), "names": pack_names(names)}
+    tensors["numbers"] = torch.tensor(numbers, dtype=torch.int64)
     return EncodedShard(tensors, faults)
 
 

@@ -107,6 +107,14 @@ def test_blocks_stay_together_within_a_window() -> None:
     assert 40 < sum(flip for _, flip in flips) < 85
 
 
+def test_no_window_is_small() -> None:
+    """Rows of a single block left at the end would all come in one batch, in a row."""
+    cuts = module._order(0, 0, 8 * 21 + 3, 8, 5, True).cuts
+    assert cuts[0] == 0 and cuts[-1] == 171 and len(cuts) == 5
+    assert np.diff(cuts).min() >= 5 * 8 - 5 and np.diff(cuts).max() <= 6 * 8
+    assert module._order(0, 0, 30, 8, 5, True).cuts.tolist() == [0, 30]
+
+
 def test_a_row_may_come_anywhere_in_an_epoch() -> None:
     """Mean and spread of one row's place over 400 seeds are those of a uniform draw."""
     places = [int((module._order(s, 0, 203, 8, 4, True).rows == 202).argmax()) for s in range(400)]

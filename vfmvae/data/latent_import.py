@@ -61,11 +61,11 @@ class LightningDiTFolder:
         """As far as it is known what these are."""
         assert self._kind is not None
         storage, flips, _ = self._kind
-        names = (name for number in range(len(self._files)) for name in self._names(number))
+        everything = ((n, row) for n, labels in enumerate(self._labels) for row in range(len(labels)))
         return LatentSettings(
             tokenizer="unknown",
             images=len(self),
-            names=hash_of_names(names),
+            names=hash_of_names(self._name(number, row) for number, row in everything),
             resolution=None,
             kind="unknown",
             moments=False,
@@ -99,13 +99,12 @@ class LightningDiTFolder:
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged: {error}; copy it again") from None
             parts["labels"].append(self._labels[number][first:last])
-            names += self._names(number)[first:last]
+            names += [self._name(number, row) for row in range(first, last)]
         tensors = {name: torch.cat(found) for name, found in parts.items()}
         return {**tensors, "names": pack_names(names), "numbers": torch.arange(start, stop)}
 
-    def _names(self, number: int) -> list[str]:
-        stem = self._files[number].stem
-        return [f"{stem}/{row:05d}" for row in range(len(self._labels[number]))]
+    def _name(self, number: int, row: int) -> str:
+        return f"{self._files[number].stem}/{row:05d}"
 
     def _open(self, path: Path) -> None:
         """Read a shard's labels, and hold the rest of it to the first one's kind and shape."""

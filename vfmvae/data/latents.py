@@ -33,7 +33,7 @@ from vfmvae.data.source import Split, check_split_and_resolution, positions
 BLOCK = 32
 """Rows that lie next to each other and are read together; 1 shuffles every row for itself."""
 WINDOW = 512
-"""Blocks in a window."""
+"""Blocks in a window; those that are left over are spread over all windows."""
 
 
 class LatentBatch(TypedDict):
@@ -223,9 +223,9 @@ def _order(seed: int, epoch: int, length: int, block: int, window: int, flips: b
     blocks = rng.permutation(count)
     rows = (blocks[:, None] * block + np.arange(block)).ravel()
     rows = rows[rows < length]  # the last block may be shorter
-    stops = np.minimum((blocks + 1) * block, length) - blocks * block
-    stops = np.cumsum(stops)[window - 1 : -1 : window]
-    cuts = np.concatenate([[0], stops, [length]])
+    windows = max(1, count // window)  # of equal size: a small one at the end would hardly be shuffled
+    sizes = np.minimum(block, length - blocks * block)
+    cuts = np.concatenate([[0], np.cumsum(sizes)])[np.arange(windows + 1) * count // windows]
     if block > 1:
         for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
             rng.shuffle(rows[start:stop])
