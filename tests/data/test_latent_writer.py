@@ -51,11 +51,22 @@ def test_a_damaged_shard_is_no_finished_one_for_other_processes(folder: Path) ->
     for writer in (one, other):
         assert len(writer.damaged) == 1
         writer.discard_damaged()
+        with pytest.raises(ValueError, match="is not finished"):
+            read_manifest(folder)
     one.write(0, shard(SETTINGS.rows(0)))
     assert one.finish() is None
     other.write(1, shard(SETTINGS.rows(1)))
     assert other.finish() is not None
     assert contents(folder) == before
+
+
+def test_who_has_nothing_to_do_takes_no_discarded_manifest_for_the_end(folder: Path) -> None:
+    damage(folder / "latents_00000.safetensors", "bit")
+    one, other = writer_for(folder, share=(0, 2)), writer_for(folder, share=(1, 2))
+    one.discard_damaged()
+    assert other.missing == [] and other.finish() is None
+    one.write(0, shard(SETTINGS.rows(0)))
+    assert one.finish() == other.finish() is not None
 
 
 def test_a_cut_header_before_the_end_is_damage_too(tmp_path: Path) -> None:

@@ -207,13 +207,17 @@ def test_what_a_window_needs_is_asked_for_ahead(folder: Path, monkeypatch: pytes
 def test_reading_ahead_takes_the_rows_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(module.os, "posix_fadvise", lambda fd, at, size, advice: calls.append((at, size)))
-    source = Latents(folder, fields=("latents",), block=32)
-    source.batch(0, 4)
-    flip = "_flip" if source._order(0).mirrored[0] else ""
-    content = (folder / "latents_00000.safetensors").read_bytes()
-    at, size = calls[0]
-    expected = torch.stack([latent(number, bool(flip)) for number in range(10)]).numpy().tobytes()
-    assert content[at : at + size] == expected
+    content, seen = (folder / "latents_00000.safetensors").read_bytes(), set()
+    for seed in range(6):  # one block in an epoch, mirrored or not
+        calls.clear()
+        source = Latents(folder, fields=("latents",), seed=seed)
+        source.batch(0, 4)
+        flip = bool(source._order(0).mirrored[0])
+        at, size = calls[0]
+        expected = torch.stack([latent(number, flip) for number in range(10)]).numpy().tobytes()
+        assert content[at : at + size] == expected
+        seen.add(flip)
+    assert seen == {False, True}
 
 
 def test_another_process_gets_the_same(folder: Path) -> None:
@@ -222,6 +226,7 @@ def test_another_process_gets_the_same(folder: Path) -> None:
     copied = pickle.loads(content)
     assert len(content) < 1000, "files are mapped again, not copied"
     assert torch.equal(copied.batch(1, 9)["moments"], source.batch(1, 9)["moments"])
+    assert copied.batch(1, 9)["latent"] is None
 
 
 def test_sizes_can_be_trusted_instead_of_checksums(folder: Path) -> None:
