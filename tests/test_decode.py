@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import vfmvae
 from tests.commands import run, save_image, save_tiny
 from tests.tokenizer.tiny import tiny_config, tiny_tokenizer
 from vfmvae import decode as module
 from vfmvae import encode
+from vfmvae import latents as latents_command
 from vfmvae.data.latents import Latents
 from vfmvae.images import to_uint8
 
@@ -28,7 +30,7 @@ def latents(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for number, name in enumerate(("a/1.png", "a/1.bmp", "b/2.png", "b/3.png", "b/4.png")):
         save_image(folder / "in" / name, 70, 90, seed=number)
-    arguments = ["--data", folder / "in", "--part", "all", "--kind", "mean", "--shard-images", "2"]
+    arguments = [folder / "in", "--part", "all", "--kind", "mean", "--shard-images", "2"]
     assert run(encode, "--tokenizer", tiny, "--output", folder / "latents", *arguments) == 0
     return folder / "latents"
 
@@ -78,6 +80,20 @@ def test_another_tokenizer_is_said_or_refused(
     tiny_tokenizer(tiny_config(latent_channels=4)).save(tmp_path / "narrow")
     assert run(module, latents, "--tokenizer", tmp_path / "narrow", "--output", tmp_path / "new") == 1
     assert "holds latents of 8 channels; this tokenizer has 4" in capsys.readouterr().err
+
+
+def test_latents_of_others_are_said_to_be(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    values = {"latents": torch.randn(3, 8, 4, 4), "labels": torch.zeros(3, dtype=torch.int64)}
+    save_file(values, tmp_path / "theirs/latents_rank00_shard000.safetensors")
+    source = ["import", tmp_path / "theirs", "--from", "lightningdit"]
+    assert run(latents_command, *source, "--output", tmp_path / "latents") == 0
+    capsys.readouterr()
+    assert run(module, tmp_path / "latents", "--tokenizer", tiny, "--output", tmp_path / "out") == 0
+    assert "note: these latents come from lightningdit" in capsys.readouterr().out
+    assert (tmp_path / "out/latents_rank00_shard000/00002.png").exists()
 
 
 def test_mistakes_are_named(

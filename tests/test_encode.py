@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import vfmvae
 from tests.commands import run, save_image, save_tiny
-from tests.helpers import ROOT
-from tests.tokenizer.tiny import DISCRETE, tiny_config, tiny_tokenizer
+from tests.data.latent_shards import SETTINGS
+from tests.distributed.launch import run as torchrun
+from tests.helpers import run_python
+from tests.tokenizer.tiny import DISCRETE, VIT, tiny_config, tiny_tokenizer
 from vfmvae import encode as module
-from vfmvae.data.latents import Latents, LatentSettings, LatentWriter
+from vfmvae.data.latents import Latents
 from vfmvae.data.ordered import open_in_order
+from vfmvae.data.samples import Fault
+from vfmvae.encoders import EncoderConfig
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_latents_of_photographs_are_samples_of_the_posterior(tiny: Path, tmp_pat
 def test_the_mean_can_be_stored_in_sixteen_bits(tiny: Path, tmp_path: Path) -> None:
     for number in range(3):
         save_image(tmp_path / f"in/{number}.png", 90, 70, seed=number)
-    arguments = ["--data", tmp_path / "in", "--part", "all", "--kind", "mean", "--storage", "bf16"]
+    arguments = [tmp_path / "in", "--part", "all", "--kind", "mean", "--storage", "bf16"]
     assert encode(tiny, tmp_path / "out", *arguments) == 0
     source = open_in_order(str(tmp_path / "in"), "all", 64)
     with torch.no_grad():
@@ -86,6 +86,8 @@ def test_codes_of_a_discrete_tokenizer_are_stored(tmp_path: Path, capsys: pytest
         )
     found = Latents(tmp_path / "out", "validation").read(0, 2)["latent"]
     torch.testing.assert_close(found, codes.mode(), atol=1e-5, rtol=1e-5)
+    assert encode(tmp_path / "discrete", tmp_path / "features", "--tokens") == 0
+    assert Latents(tmp_path / "features", "validation").read(0, 2)["features"].shape == (2, 64, 32)
     assert encode(tmp_path / "discrete", tmp_path / "other", "--moments") == 2
     assert "--moments: the latents of this tokenizer are codes" in capsys.readouterr().err
 
@@ -121,22 +123,30 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(
     assert "0 images encoded" in capsys.readouterr().out and len(begun) == 4
 
 
-def test_a_killed_process_loses_one_shard_at_most(tiny: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = ["--tokenizer", tiny, "--output", out, "--images", "2000", "--shard-images", "8"]
-    arguments += ["--batch-size", "4", "--device", "cpu"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "vfmvae.encode", *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL
-    ) as process:
-        while process.poll() is None and len(shards(out)) < 3:
-            time.sleep(0.02)
-        process.kill()
-    done = shards(out)
-    assert process.returncode == -9 and len(done) >= 3
-    with safe_open(out / "latents_00000.safetensors", framework="pt") as opened:
-        settings = LatentSettings(**json.loads(opened.metadata()["settings"]))
-    writer = LatentWriter(out, settings, ())
-    assert writer.missing == list(range(len(done), 250)) and writer.damaged == []
+def test_kills_at_random_moments_leave_no_duplicate_and_no_gap(tiny: Path, tmp_path: Path) -> None:
+    """Two processes, killed five times wherever they are, end with the bytes of an undisturbed run."""
+    arguments = ["--tokenizer", tiny, "--images", "160", "--shard-images", "9", "--batch-size", "4"]
+    arguments += ["--device", "cpu", "--moments", "--tokens"]
+    assert run(module, *arguments, "--output", tmp_path / "whole") == 0
+    killed = ["-m", "tests.random_kills", "5", "vfmvae.encode", *arguments, "--output", tmp_path / "out"]
+    output = run_python(*map(str, killed))
+    assert int(output.rpartition("killed: ")[2]) >= 5, output
+    there = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {name: content for name, content in there.items() if not name.startswith(".")} == whole
+    numbers = [load_file(path)["numbers"] for path in sorted((tmp_path / "out").glob("*.safetensors"))]
+    assert torch.equal(torch.cat(numbers), torch.arange(160))
+
+
+def test_torchrun_divides_the_shards(tiny: Path, tmp_path: Path) -> None:
+    assert encode(tiny, tmp_path / "whole") == 0
+    arguments = ["vfmvae.encode", "--tokenizer", tiny, "--output", tmp_path / "out", "--device", "cpu"]
+    output = torchrun(*arguments, "--images", "10", "--shard-images", "4")
+    assert "process 0 of 2, " in output and "6 images encoded" in output
+    assert "process 1 of 2, " in output and "4 images encoded" in output
+    assert output.count("complete: 10 latents") >= 1 and output.count("64 px, 8 channels") == 1
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    assert (tmp_path / "out/manifest.json").read_bytes() == (tmp_path / "whole/manifest.json").read_bytes()
 
 
 def test_processes_share_the_shards(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,11 +159,133 @@ def test_processes_share_the_shards(tiny: Path, tmp_path: Path, capsys: pytest.C
     assert len(Latents(tmp_path / "out")) == 10
 
 
+def test_launched_processes_take_their_place(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torchrun says, unless --share says otherwise; too few shards are noted by one process."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    assert encode(tiny, tmp_path / "out") == 0
+    assert list(shards(tmp_path / "out")) == ["latents_00002.safetensors"]
+    printed = capsys.readouterr().out.splitlines()
+    assert (
+        len(printed) == 1 and printed[0].startswith("process 2 of 4, ") and "2 images encoded" in printed[0]
+    )
+    assert encode(tiny, tmp_path / "out", "--share", "0/1") == 0
+    assert len(shards(tmp_path / "out")) == 3
+    capsys.readouterr()
+    monkeypatch.setenv("RANK", "0")
+    assert encode(tiny, tmp_path / "out") == 0
+    note = "note: 3 shards for 4 processes, so 1 have nothing to do; --shard-images 3 would share the work"
+    assert note in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("images", "processes", "even"), [(10, 4, 3), (9, 4, 2), (3, 8, 1), (1_281_167, 256, 5005)]
+)
+def test_the_advised_shards_keep_every_process_busy(images: int, processes: int, even: int) -> None:
+    settings = replace(SETTINGS, images=images, shard_images=10_000)
+    assert f"--shard-images {even} would" in module.few_shards(settings, processes)
+    assert -(-images // even) >= min(images, processes)
+
+
+@pytest.mark.parametrize("name", ["mini", "dinov2-with-registers-small"])
+def test_features_of_the_encoder_are_stored(name: str, tmp_path: Path) -> None:
+    """Patch tokens after the final norm, and the class token after it or the mean of the tokens."""
+    config = tiny_config(encoder=EncoderConfig(name=name, layers=(0, -1, 1), scale_factor=1.0, vit=VIT))
+    torch.manual_seed(3)
+    tiny_tokenizer(config).save(tmp_path / "tokenizer")
+    assert encode(tmp_path / "tokenizer", tmp_path / "plain") == 0
+    asked = ["--tokens", "--class-token", "--storage", "fp32"]
+    assert encode(tmp_path / "tokenizer", tmp_path / "out", *asked) == 0
+    latents = Latents(tmp_path / "out", "validation")
+    assert latents.manifest.settings.tokens == (8, 8) and latents.manifest.settings.encoder == name
+    found, plain = latents.read(0, 10), Latents(tmp_path / "plain", "validation").read(0, 10)
+    assert torch.equal(found["latent"], plain["latent"]), "the same pass serves both"
+
+    tokenizer, normed = vfmvae.load(tmp_path / "tokenizer"), []
+    tokenizer.encoder.trunk.norm.register_forward_hook(lambda module, given, result: normed.append(result))
+    images = open_in_order(None, "train", 64, 10).read(0, 10)["image"]
+    with torch.no_grad():
+        for pixels in (images, images.flip(-1)):
+            tokenizer.encode(pixels)
+    stored = [load_file(path) for path in sorted((tmp_path / "out").glob("*.safetensors"))]
+    for after, suffix in zip(normed, ("", "_flip"), strict=True):
+        whole = {
+            key: torch.cat([shard[key + suffix] for shard in stored]) for key in ("features", "class_token")
+        }
+        torch.testing.assert_close(whole["features"], after[:, -64:])
+        class_token = after.mean(dim=1) if name == "mini" else after[:, 0]
+        torch.testing.assert_close(whole["class_token"], class_token)
+        torch.testing.assert_close(found["features"], after[:, -64:]) if not suffix else None
+
+
+class Gaps:
+    """The photographs, of which some cannot be read."""
+
+    def __init__(self, gone: set[int]) -> None:
+        self._whole = open_in_order(None, "train", 64, 10)
+        self.classes, self._gone = self._whole.classes, gone
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def names(self) -> list[str]:
+        return self._whole.names()
+
+    def read(self, start: int, stop: int) -> dict[str, object]:
+        batch = self._whole.read(start, stop)
+        there = [number for number in range(start, stop) if number not in self._gone]
+        rows = [number - start for number in there]
+        return {
+            "image": batch["image"][rows],
+            "label": batch["label"][rows],
+            "key": [batch["key"][row] for row in rows],
+            "number": there,
+            "faults": [Fault(self.names()[n], "cut short") for n in range(start, stop) if n in self._gone],
+        }
+
+
+def test_images_that_cannot_be_read_are_left_out_and_said(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One shard lacks an image, one has none; the noise of the others is what it would be."""
+    assert encode(tiny, tmp_path / "whole") == 0
+    monkeypatch.setattr(module, "open_in_order", lambda *arguments: Gaps({1, 4, 5, 6, 7}))
+    capsys.readouterr()
+    assert encode(tiny, tmp_path / "out", "--batch-size", "2") == 0
+    printed = capsys.readouterr().out
+    assert "left out train/000001: cut short" in printed
+    assert (
+        "5 images encoded" in printed and "5 could not be read; complete: 5 latents of 8 x 4 x 4" in printed
+    )
+    found, whole = (Latents(tmp_path / name, "validation").read(0, 10) for name in ("out", "whole"))
+    there = [0, 2, 3, 8, 9]
+    assert found["key"] == [whole["key"][number] for number in there]
+    torch.testing.assert_close(found["latent"], whole["latent"][there], atol=1e-5, rtol=1e-5)
+    stored = [
+        load_file(path)["numbers"].tolist() for path in sorted((tmp_path / "out").glob("*.safetensors"))
+    ]
+    assert stored == [[0, 2, 3], [], [8, 9]]
+    monkeypatch.setattr(module, "open_in_order", lambda *arguments: Gaps(set(range(10))))
+    assert encode(tiny, tmp_path / "none") == 1
+    assert "none of the 10 images could be read" in capsys.readouterr().err
+
+
+def test_big_rows_make_small_shards(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless asked otherwise a shard is at most so many bytes: here three latents, or one with features."""
+    monkeypatch.setattr(module, "SHARD_BYTES", 3 * 2 * 8 * 4 * 4 * 4)
+    common = ["--tokenizer", tiny, "--images", "7"]
+    assert run(module, *common, "--output", tmp_path / "plain") == 0
+    assert run(module, *common, "--output", tmp_path / "features", "--tokens") == 0
+    assert len(shards(tmp_path / "plain")) == 3 and len(shards(tmp_path / "features")) == 7
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--data", "absent"], 1, "image folder absent does not exist"),
-        (["--data", "broken", "--part", "all"], 1, "cannot read image broken/1.png"),
+        (["absent"], 1, "image folder absent does not exist"),
+        (["broken", "--part", "all"], 1, "cannot read image broken/1.png"),
         (["--part", "all"], 1, "choose part train or validation"),
         (["--resolution", "65"], 2, "--resolution 65 does not fit"),
         (["--share", "2/2"], 2, "share is '2/2'"),
@@ -186,6 +318,15 @@ def test_latents_that_are_not_finite_are_refused(tmp_path: Path, capsys: pytest.
     tokenizer.save(tmp_path / "bad")
     assert encode(tmp_path / "bad", tmp_path / "out") == 1
     assert "the latents of train/000000 are not finite" in capsys.readouterr().err
+
+
+def test_tokens_need_the_encoders_last_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(encoder=EncoderConfig(name="mini", layers=(0, 1, 2), scale_factor=1.0, vit=VIT))
+    tiny_tokenizer(config).save(tmp_path / "inner")
+    assert encode(tmp_path / "inner", tmp_path / "out", "--tokens") == 2
+    assert "--tokens: this tokenizer reads the layers (0, 1, 2)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert encode(tmp_path / "inner", tmp_path / "out", "--class-token") == 0
 
 
 def test_another_tokenizer_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "train a tokenizer",
     "reconstruct": "images through a tokenizer and back, side by side",
     "encode": "images to shards of latents, for diffusion models",
+    "latents": "check and describe shards of latents, or import those of others",
     "decode": "shards of latents to images",
     "evaluate": "PSNR, SSIM and perceptual distance of reconstructions",
     "report": "one HTML page of a run: curves and reconstructions",
@@ -87,6 +88,7 @@ def parse(
 ) -> T:
     """The command line as the dataclass `options` of the command `name`; `default` fills what is not given.
 
+    A union of dataclasses is a command with subcommands: what is given must begin with the name of one.
     `arguments`: instead of those that the process was started with.
 
     UsageError for an option that does not exist, listing those that do, and for a value that the dataclass
@@ -96,16 +98,19 @@ def parse(
     import tyro  # half of the time that `vfmvae --help` would take
 
     prog = f"python -m vfmvae.{name}"
+    filled: dict[str, Any] = {} if default is None else {"default": default}
     with usage():
         parsed, unknown = tyro.cli(
-            options, prog=prog, args=arguments, default=default, config=config, return_unknown_args=True
+            options, prog=prog, args=arguments, config=config, return_unknown_args=True, **filled
         )
     if not unknown:
         assert parsed is not None
         return parsed
+    given = sys.argv[1:] if arguments is None else arguments
+    subcommand: list[str] = [] if isinstance(options, type) else list(given[:1])
     page = StringIO()
     with redirect_stdout(page), suppress(SystemExit):
-        tyro.cli(options, prog=prog, default=default, config=config, args=["--help"])
+        tyro.cli(options, prog=prog, config=config, args=[*subcommand, "--help"], **filled)
     valid = re.findall(r"^\W{1,3}(?:-h, )?(--\w[\w.-]*)", page.getvalue(), flags=re.MULTILINE)
     wrong = next((argument for argument in unknown if argument.startswith("-")), unknown[0])
     raise UsageError(f"{_unknown(wrong.partition('=')[0], valid)} ({prog} --help explains them)")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from vfmvae.atomic import write_atomically
 from vfmvae.cli import command, parse
+from vfmvae.data.latent_folder import check_shards, read_manifest
 from vfmvae.data.latents import LatentBatch, Latents
 from vfmvae.images import to_uint8
 from vfmvae.inference import (
@@ -70,6 +72,7 @@ def decode(
     device = tokenizer.align.weight.device
     for start in range(0, count, batch_size):
         batch = latents.read(start, min(start + batch_size, count))
+        assert batch["latent"] is not None  # every folder has them
         yield batch, to_uint8(tokenizer.decode(batch["latent"].to(device))).cpu()
 
 
@@ -110,6 +113,14 @@ def check_new(folder: Path) -> None:
         raise ValueError(f"{folder} is not empty; give a new folder as --output")
 
 
+def open_latents(folder: Path, console: Console) -> Latents:
+    """The latents of a folder, checksums compared. ValueError for one that is not whole."""
+    manifest = read_manifest(folder)
+    with progress(console, "checking", len(manifest.shards), "shards") as bar:
+        check_shards(folder, manifest, advance=partial(bar.advance, bar.task_ids[0]))
+    return Latents(folder, "validation", verify=False, fields=("latents",))
+
+
 def check_latents(latents: Latents, tokenizer: Tokenizer) -> None:
     """ValueError unless the latents have the tokenizer's channels."""
     channels, needed = latents.manifest.latent_shape[0], tokenizer.config.latent_channels
@@ -121,11 +132,16 @@ def check_latents(latents: Latents, tokenizer: Tokenizer) -> None:
 def main() -> None:
     options = parse(Decode, "decode")
     check_new(options.output)
-    latents = Latents(options.latents, "validation")
     console = Console()
+    latents = open_latents(options.latents, console)
     _, tokenizer = open_tokenizer(options.model, console)
     check_latents(latents, tokenizer)
-    if tokenizer_hash(tokenizer) != latents.manifest.settings.tokenizer:
+    settings = latents.manifest.settings
+    if settings.origin != "encode":
+        say(
+            console, f"note: these latents come from {settings.origin}; which tokenizer wrote them is unknown"
+        )
+    elif tokenizer_hash(tokenizer) != settings.tokenizer:
         say(console, "note: another tokenizer wrote these latents")
 
     count = min(options.images or len(latents), len(latents))

@@ -109,13 +109,13 @@ def say(console: Console, line: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(console: Console, what: str, total: int) -> Iterator[Progress]:
-    """A bar of images on a terminal, nothing elsewhere; advance its only task."""
+def progress(console: Console, what: str, total: int, unit: str = "images") -> Iterator[Progress]:
+    """A bar of images or another unit on a terminal, nothing elsewhere; advance its only task."""
     columns = (
         TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("images, left"),
+        TextColumn(f"{unit}, left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:

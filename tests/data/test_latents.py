@@ -1,73 +1,24 @@
-"""Shards of latents: what is in them, that they appear whole, and how batches come out of them."""
+"""Reading latents: every image once, in an order that positions alone decide, out of mapped files."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
+import pickle
+import shutil
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
+from tests.data.latent_shards import IMAGES, NAMES, SETTINGS, damage, fill, latent, token
 from vfmvae.data import latents as module
-from vfmvae.data.latents import (
-    Latents,
-    LatentSettings,
-    LatentWriter,
-    channel_statistics,
-    pack_names,
-    unpack_name,
-)
-
-IMAGES, SHARD = 23, 10
-SETTINGS = LatentSettings(
-    tokenizer="t",
-    images=IMAGES,
-    names="n",
-    resolution=64,
-    kind="sample",
-    moments=True,
-    storage="fp32",
-    compute="float32",
-    seed=0,
-    shard_images=SHARD,
-)
-NAMES = [f"größe/{number}.jpg" for number in range(IMAGES)]
-
-
-def latent(number: int, mirrored: bool = False) -> Tensor:
-    """[3, 4, 2], told apart by its values."""
-    rng = np.random.default_rng((number, mirrored))
-    return torch.from_numpy(rng.normal([[[1.0]], [[-5.0]], [[300.0]]], 2.0, (3, 4, 2))).float()
-
-
-def shard(rows: range) -> dict[str, Tensor]:
-    plain, flipped = (torch.stack([latent(row, flip) for row in rows]) for flip in (False, True))
-    return {
-        "latents": plain,
-        "latents_flip": flipped,
-        "moments": torch.cat([plain, -plain], dim=1),
-        "moments_flip": torch.cat([flipped, -flipped], dim=1),
-        "labels": torch.tensor([row % 5 for row in rows]),
-        "names": pack_names([NAMES[row] for row in rows]),
-    }
-
-
-def writer_for(folder: Path, settings: LatentSettings = SETTINGS) -> LatentWriter:
-    return LatentWriter(folder, settings, tuple("abcde"))
-
-
-def fill(folder: Path) -> Path:
-    writer = writer_for(folder)
-    for number in writer.missing:
-        writer.write(number, shard(writer.rows(number)))
-    assert writer.finish() is not None
-    return folder
+from vfmvae.data.latent_folder import Shard
+from vfmvae.data.latent_writer import LatentWriter
+from vfmvae.data.latents import Latents
+from vfmvae.data.source import positions
 
 
 @pytest.fixture
@@ -75,38 +26,8 @@ def folder(tmp_path: Path) -> Path:
     return fill(tmp_path / "latents")
 
 
-def test_another_reader_finds_the_published_layout(folder: Path) -> None:
-    files = sorted(folder.glob("*.safetensors"))
-    counts = []
-    for path in files:
-        with safe_open(path, framework="pt") as opened:
-            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-            counts.append(shapes["labels"][0])
-            assert shapes["latents"] == shapes["latents_flip"] == [counts[-1], 3, 4, 2]
-    assert counts == [10, 10, 3]
-    statistics = torch.load(folder / "latents_stats.pt", weights_only=True)
-    everything = torch.stack([latent(n, flip) for n in range(IMAGES) for flip in (False, True)]).double()
-    torch.testing.assert_close(statistics["mean"].double(), everything.mean((0, 2, 3), keepdim=True))
-    torch.testing.assert_close(statistics["std"].double(), everything.std((0, 2, 3), keepdim=True))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert [entry["sha256"] for entry in manifest["shards"]] == [
-        hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-    ]
-    assert manifest["mean"] == pytest.approx(everything.mean((0, 2, 3)).tolist(), rel=1e-12)
-
-
-def test_statistics_are_exact_where_sums_of_squares_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 3)
-    values = torch.randn(17, 2, 3, 5, dtype=torch.float64) * 1e-3 + torch.tensor([1e6, -1.0]).view(1, 2, 1, 1)
-    mean, std = channel_statistics([values[:4], values[4:5], values[5:]])
-    torch.testing.assert_close(mean, values.mean((0, 2, 3)), rtol=1e-14, atol=0)
-    torch.testing.assert_close(std, values.std((0, 2, 3)), rtol=1e-6, atol=0)
-
-
-def test_names_survive() -> None:
-    names = ["a/b.png", "", "größe 大.jpg"]
-    assert [unpack_name(row) for row in pack_names(names)] == names
-    assert pack_names([""]).shape == (1, 1)
+def keys_of(source: Latents, batch_size: int, batches: int) -> list[str]:
+    return [key for step in range(batches) for key in source.batch(step, batch_size)["key"]]
 
 
 def test_validation_is_every_image_in_order(folder: Path) -> None:
@@ -119,25 +40,43 @@ def test_validation_is_every_image_in_order(folder: Path) -> None:
     assert torch.equal(found, torch.stack([latent(number) for number in range(IMAGES)]))
     assert batches[1]["label"].tolist() == [number % 5 for number in range(9, 18)]
     assert batches[0]["moments"] is not None and torch.equal(batches[0]["moments"][:, :3], found[:9])
+    assert batches[0]["features"] is None and batches[0]["class_token"] is None
     with pytest.raises(ValueError, match="begins beyond the 23"):
         source.batch(3, 9)
 
 
-def test_an_epoch_of_training_has_every_image_once_mirrored_or_not(folder: Path) -> None:
-    source = Latents(folder, seed=3)
+@pytest.mark.parametrize(("block", "window"), [(1, 1), (1, 512), (3, 2), (4, 512), (32, 512)])
+def test_an_epoch_of_training_has_every_image_once_mirrored_or_not(
+    folder: Path, block: int, window: int
+) -> None:
+    source = Latents(folder, seed=3, block=block, window=window)
     batches = [source.batch(step, 4) for step in range(2 * IMAGES)]  # eight epochs
     keys = [key for batch in batches for key in batch["key"]]
     latents = torch.cat([batch["latent"] for batch in batches])
-    moments = torch.cat([batch["moments"] for batch in batches if batch["moments"] is not None])
+    moments = torch.cat([batch["moments"] for batch in batches])
+    labels = torch.cat([batch["label"] for batch in batches])
     epochs = [keys[start : start + IMAGES] for start in range(0, len(keys), IMAGES)]
     assert all(sorted(epoch) == sorted(NAMES) for epoch in epochs)
-    assert epochs[0] != epochs[1]
+    assert len({tuple(epoch) for epoch in epochs}) == 8
     mirrored = 0
-    for key, found, both in zip(keys, latents, moments, strict=True):
-        flip = not torch.equal(found, latent(NAMES.index(key)))
-        assert torch.equal(found, latent(NAMES.index(key), flip)) and torch.equal(both[:3], found)
+    for key, found, both, label in zip(keys, latents, moments, labels, strict=True):
+        number = NAMES.index(key)
+        flip = not torch.equal(found, latent(number))
+        assert torch.equal(found, latent(number, flip)) and torch.equal(both[:3], found)
+        assert label.item() == number % 5
         mirrored += flip
-    assert 0.35 < mirrored / len(keys) < 0.65
+    assert 0.2 < mirrored / len(keys) < 0.8
+
+
+def test_ranks_share_an_epoch(folder: Path) -> None:
+    """Rank r of n reads step * n + r; together they see what one process sees."""
+    whole = Latents(folder, seed=1, block=3, window=2)
+    ranks = [Latents(folder, seed=1, block=3, window=2) for _ in range(3)]
+    for step in range(10):
+        parts = [source.batch(3 * step + rank, 4) for rank, source in enumerate(ranks)]
+        together = whole.batch(step, 12)
+        assert [key for part in parts for key in part["key"]] == together["key"]
+        assert torch.equal(torch.cat([part["latent"] for part in parts]), together["latent"])
 
 
 def test_a_batch_depends_on_seed_and_position_alone(folder: Path) -> None:
@@ -145,90 +84,169 @@ def test_a_batch_depends_on_seed_and_position_alone(folder: Path) -> None:
     halves = torch.cat([source.batch(4, 6)["latent"], source.batch(5, 6)["latent"]])
     assert torch.equal(again.batch(2, 12)["latent"], halves)
     assert not torch.equal(Latents(folder, seed=2).batch(2, 12)["latent"], halves)
+    assert torch.equal(source.batch(0, 3 * IMAGES)["latent"], torch.cat([again.batch(0, 69)["latent"]]))
 
 
-def damage(path: Path, how: str) -> None:
-    content = bytearray(path.read_bytes())
-    if how == "missing":
-        path.unlink()
-    elif how == "cut":
-        path.write_bytes(content[:-100])
-    else:
-        content[-8] ^= 1
-        path.write_bytes(content)
+def test_blocks_stay_together_within_a_window() -> None:
+    """Of 1000 rows: each window reads whole blocks, and its rows are shuffled beyond them."""
+    block, window = 8, 5
+    order = module._order(0, 0, 1000, block, window, True)
+    assert sorted(order.rows.tolist()) == list(range(1000))
+    seen: list[int] = []
+    for start in range(0, 1000, block * window):
+        rows = order.rows[start : start + block * window]
+        blocks = Counter((rows // block).tolist())
+        assert set(blocks.values()) == {block} and len(blocks) == window
+        assert (np.diff(rows) == 1).mean() < 0.3, "rows of a block do not follow each other"
+        seen += blocks
+    assert sorted(seen) == list(range(125)) and seen != sorted(seen)
+    flips = {
+        (row // block, flip) for row, flip in zip(order.rows.tolist(), order.mirrored.tolist(), strict=True)
+    }
+    assert len(flips) == 125, "a block is mirrored as a whole, so that it is one stretch of a file"
+    assert 40 < sum(flip for _, flip in flips) < 85
 
 
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [("missing", "is missing"), ("cut", "is damaged: .* bytes"), ("bit", "is damaged: its checksum")],
-)
-def test_a_damaged_shard_is_named_and_mended(folder: Path, how: str, words: str) -> None:
-    path = folder / "latents_00001.safetensors"
-    before = path.read_bytes()
-    damage(path, how)
-    with pytest.raises(ValueError, match=f"shard latents_00001.safetensors {words}.*vfmvae encode"):
-        Latents(folder)
-    assert writer_for(folder).missing == [1]
-    fill(folder)
-    assert path.read_bytes() == before
-    Latents(folder)
+def test_no_window_is_small() -> None:
+    """Rows of a single block left at the end would all come in one batch, in a row."""
+    cuts = module._order(0, 0, 8 * 21 + 3, 8, 5, True).cuts
+    assert cuts[0] == 0 and cuts[-1] == 171 and len(cuts) == 5
+    assert np.diff(cuts).min() >= 5 * 8 - 5 and np.diff(cuts).max() <= 6 * 8
+    assert module._order(0, 0, 30, 8, 5, True).cuts.tolist() == [0, 30]
+
+
+def test_a_row_may_come_anywhere_in_an_epoch() -> None:
+    """Mean and spread of one row's place over 400 seeds are those of a uniform draw."""
+    places = [int((module._order(s, 0, 203, 8, 4, True).rows == 202).argmax()) for s in range(400)]
+    assert abs(np.mean(places) - 101) < 4 * 58.6 / 20 and abs(np.std(places) - 58.6) < 6
+
+
+def test_every_row_by_itself_is_a_full_shuffle() -> None:
+    order = module._order(5, 2, 100, 1, 7, True)
+    assert sorted(order.rows.tolist()) == list(range(100)) and 25 < order.mirrored.sum() < 75
+
+
+def test_shards_may_lack_images(tmp_path: Path) -> None:
+    """The second shard is empty, the others hold less than planned."""
+    gone = {0, *range(10, 20), 22}
+    source = Latents(fill(tmp_path / "latents", without=gone), "validation")
+    there = [number for number in range(IMAGES) if number not in gone]
+    batch = source.read(0, 100)
+    assert len(source) == 11 and batch["key"] == [NAMES[number] for number in there]
+    assert torch.equal(batch["latent"], torch.stack([latent(number) for number in there]))
+    assert batch["label"].tolist() == source.labels.tolist() == [number % 5 for number in there]
+    training = Latents(tmp_path / "latents", block=4, window=1)
+    assert sorted(keys_of(training, 11, 1)) == sorted(batch["key"])
+
+
+def test_features_are_yielded_and_fields_can_be_chosen(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, tokens=(2, 3), class_token=True, storage="bf16")
+    path = fill(tmp_path / "latents", settings)
+    batch = Latents(path, seed=1, block=1).batch(0, 8)
+    assert all(value.dtype == torch.float32 for name, value in batch.items() if name not in ("label", "key"))
+    flips = set()
+    for row, key in enumerate(batch["key"]):
+        number = NAMES.index(key)
+        flip = not torch.equal(batch["latent"][row], latent(number).bfloat16().float())
+        expected = token(number, flip).bfloat16().float()
+        assert torch.equal(batch["class_token"][row], expected)
+        assert batch["features"][row].shape == (6, 5) and torch.equal(batch["features"][row, 1], expected)
+        flips.add(flip)
+    assert flips == {False, True}
+    some = Latents(path, seed=1, block=1, fields=("moments",)).batch(0, 8)
+    assert some["latent"] is some["features"] is some["class_token"] is None
+    assert torch.equal(some["moments"], batch["moments"]) and some["key"] == batch["key"]
+    with pytest.raises(ValueError, match="holds no features, only latents, moments"):
+        Latents(fill(tmp_path / "plain"), fields=("features",))
+
+
+def test_nothing_is_mirrored_where_there_are_no_mirror_images(tmp_path: Path) -> None:
+    source = Latents(fill(tmp_path / "latents", replace(SETTINGS, flips=False)), block=1)
+    for step in range(8):
+        batch = source.batch(step, 9)
+        for key, found in zip(batch["key"], batch["latent"], strict=True):
+            assert torch.equal(found, latent(NAMES.index(key)))
+
+
+def test_no_file_is_opened_for_a_batch(folder: Path) -> None:
+    """Not even one that is still there: batches come out of the mapping."""
+    source, truth = Latents(folder, seed=4), Latents(folder, seed=4).batch(0, 40)
+    shutil.rmtree(folder)
+    found = source.batch(0, 40)
+    assert torch.equal(found["latent"], truth["latent"]) and found["key"] == truth["key"]
+
+
+def test_what_a_window_needs_is_asked_for_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of the next window and no other, at the first batch that reaches into a window."""
+    asked: list[tuple[int, bool]] = []
+
+    def advise(shard: Shard, fields: tuple[str, ...], ranges: list[tuple[int, int, bool]]) -> None:
+        begin = 10 * int(shard.path.stem[-1])
+        asked.extend((begin + row, flip) for start, stop, flip in ranges for row in range(start, stop))
+
+    monkeypatch.setattr(module, "_will_need", advise)
+    source = Latents(folder, seed=2, block=3, window=2)
+    windows = []
+    for order in (source._order(0), source._order(1)):
+        pairs = list(zip(order.rows.tolist(), order.mirrored.tolist(), strict=True))
+        cuts = order.cuts.tolist()
+        windows += [sorted(pairs[start:stop]) for start, stop in pairwise(cuts)]
+    assert sorted(len(window) for window in windows) == [5, 5, 6, 6, 6, 6, 6, 6], "two blocks each"
+    requests = []
+    for position in range(29):
+        source.batch(position, 1)
+        if asked:
+            requests.append((position, sorted(asked)))
+        asked.clear()
+    begins = [0, *np.cumsum([len(window) for window in windows])[:4].tolist()]
+    assert [position for position, _ in requests] == begins
+    assert requests[0][1] == sorted(windows[0] + windows[1])
+    assert [rows for _, rows in requests[1:]] == windows[2:6]
+
+
+def test_reading_ahead_takes_the_rows_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(module.os, "posix_fadvise", lambda fd, at, size, advice: calls.append((at, size)))
+    content, seen = (folder / "latents_00000.safetensors").read_bytes(), set()
+    for seed in range(6):  # one block in an epoch, mirrored or not
+        calls.clear()
+        source = Latents(folder, fields=("latents",), seed=seed)
+        source.batch(0, 4)
+        flip = bool(source._order(0).mirrored[0])
+        at, size = calls[0]
+        expected = torch.stack([latent(number, flip) for number in range(10)]).numpy().tobytes()
+        assert content[at : at + size] == expected
+        seen.add(flip)
+    assert seen == {False, True}
+
+
+def test_another_process_gets_the_same(folder: Path) -> None:
+    source = Latents(folder, seed=3, fields=("moments",), block=2, window=3)
+    content = pickle.dumps(source)
+    copied = pickle.loads(content)
+    assert len(content) < 1000, "files are mapped again, not copied"
+    assert torch.equal(copied.batch(1, 9)["moments"], source.batch(1, 9)["moments"])
+    assert copied.batch(1, 9)["latent"] is None
 
 
 def test_sizes_can_be_trusted_instead_of_checksums(folder: Path) -> None:
     damage(folder / "latents_00001.safetensors", "bit")
+    with pytest.raises(ValueError, match="its checksum is not the manifest's"):
+        Latents(folder)
     Latents(folder, verify=False)
 
 
-def test_a_folder_without_a_manifest_is_not_finished(tmp_path: Path) -> None:
-    writer = writer_for(tmp_path)
-    writer.write(1, shard(writer.rows(1)))
-    assert writer.finish() is None
-    assert writer_for(tmp_path).missing == [0, 2]
-    with pytest.raises(ValueError, match="encoding did not end"):
-        Latents(tmp_path)
-    with pytest.raises(ValueError, match="no folder"):
-        Latents(tmp_path / "absent")
+def test_wrong_arguments_are_named(folder: Path) -> None:
+    with pytest.raises(ValueError, match="block is 0 and window 512"):
+        Latents(folder, block=0)
+    with pytest.raises(ValueError, match="unknown split 'test'"):
+        Latents(folder, "test")
+    assert positions(0, 1, "train", 1) == range(0, 1)
 
 
-def test_two_writers_fill_one_folder(tmp_path: Path) -> None:
-    one, other = writer_for(tmp_path), writer_for(tmp_path)
-    one.write(0, shard(one.rows(0)))
-    other.write(1, shard(other.rows(1)))
-    assert other.finish() is None
-    one.write(2, shard(one.rows(2)))
-    assert one.finish() == other.finish()
-    assert len(Latents(tmp_path)) == IMAGES
-
-
-def test_other_settings_and_other_files_are_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds latents with seed 0, and now it would be 7"):
-        writer_for(folder, replace(SETTINGS, seed=7))
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"holds other files already \(model.safetensors\)"):
-        writer_for(tmp_path)
-    newer = json.loads((folder / "manifest.json").read_text()) | {"format": 2}
-    (folder / "manifest.json").write_text(json.dumps(newer))
-    with pytest.raises(ValueError, match="has format 2; this version reads format 1"):
-        Latents(folder)
-
-
-def test_a_full_disk_leaves_no_shard_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        path.write_bytes(b"half of it")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    writer = writer_for(tmp_path / "latents")
-    monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(OSError, match="could not write .*latents_00000.safetensors: No space left"):
-        writer.write(0, shard(writer.rows(0)))
-    assert not list(tmp_path.rglob("*latents_*"))
-
-
-def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
-    leftover = tmp_path / ".latents_00000.safetensors.abc.partial"
-    others = tmp_path / ".latents_00001.safetensors.abc.partial"
-    leftover.touch()
-    others.touch()
-    writer = writer_for(tmp_path)
-    writer.write(0, shard(writer.rows(0)))
-    assert not leftover.exists() and others.exists(), "another process may be writing the other shard"
+def test_labels_that_no_class_has_are_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "latents")
+    (tmp_path / "latents/manifest.json").unlink()
+    LatentWriter(tmp_path / "latents", SETTINGS, ("a", "b")).finish()
+    with pytest.raises(ValueError, match="labels go from 0 to 4, and there are 2 classes"):
+        Latents(tmp_path / "latents")

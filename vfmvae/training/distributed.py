@@ -81,6 +81,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def place() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says; (0, 1) without it.
+
+    For work that needs no process group, because the processes do not talk to each other.
+    """
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def local_rank() -> int:
     """This process's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
