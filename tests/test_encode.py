@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -233,6 +234,9 @@ class Gaps:
     def names(self) -> list[str]:
         return self._whole.names()
 
+    def faults(self) -> list[Fault]:
+        return [Fault("some.tar", "is cut short")]
+
     def read(self, start: int, stop: int) -> dict[str, object]:
         batch = self._whole.read(start, stop)
         there = [number for number in range(start, stop) if number not in self._gone]
@@ -253,9 +257,15 @@ def test_images_that_cannot_be_read_are_left_out_and_said(
     assert encode(tiny, tmp_path / "whole") == 0
     monkeypatch.setattr(module, "open_in_order", lambda *arguments: Gaps({1, 4, 5, 6, 7}))
     capsys.readouterr()
-    assert encode(tiny, tmp_path / "out", "--batch-size", "2") == 0
+    assert encode(tiny, tmp_path / "strict") == 1
+    assert "2 of 10 images cannot be used, and max_broken 0.001 allows 0: some.tar" in capsys.readouterr().err
+    assert not list((tmp_path / "strict").glob("*.safetensors"))
+    assert encode(tiny, tmp_path / "out", "--batch-size", "2", "--max-broken", "0.6") == 0
     printed = capsys.readouterr().out
-    assert "left out train/000001: cut short" in printed
+    assert "left out train/000001: cut short" in printed and "warning: some.tar: is cut short" in printed
+    listed = (tmp_path / "out/quarantine.jsonl").read_text().splitlines()
+    broken = ["some.tar", *(f"train/{number:06d}" for number in (1, 4, 5, 6, 7))]
+    assert [json.loads(line)["key"] for line in listed] == broken
     assert (
         "5 images encoded" in printed and "5 could not be read; complete: 5 latents of 8 x 4 x 4" in printed
     )
@@ -268,7 +278,7 @@ def test_images_that_cannot_be_read_are_left_out_and_said(
     ]
     assert stored == [[0, 2, 3], [], [8, 9]]
     monkeypatch.setattr(module, "open_in_order", lambda *arguments: Gaps(set(range(10))))
-    assert encode(tiny, tmp_path / "none") == 1
+    assert encode(tiny, tmp_path / "none", "--max-broken", "1") == 1
     assert "none of the 10 images could be read" in capsys.readouterr().err
 
 
@@ -285,7 +295,6 @@ def test_big_rows_make_small_shards(tiny: Path, tmp_path: Path, monkeypatch: pyt
     ("arguments", "code", "words"),
     [
         (["absent"], 1, "image folder absent does not exist"),
-        (["broken", "--part", "all"], 1, "cannot read image broken/1.png"),
         (["--part", "all"], 1, "choose part train or validation"),
         (["--resolution", "65"], 2, "--resolution 65 does not fit"),
         (["--share", "2/2"], 2, "share is '2/2'"),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, cast
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from vfmvae.data.latent_folder import (
 )
 from vfmvae.data.latent_writer import LatentWriter
 from vfmvae.data.ordered import OrderedImages, open_in_order
+from vfmvae.data.quarantine import QUARANTINE, Quarantine, check_share
 from vfmvae.data.samples import Fault, Part
 from vfmvae.images import check_images
 from vfmvae.inference import (
@@ -66,7 +67,7 @@ class Encode:
     output: Path
     """Folder for the shards; one that was begun is completed."""
     data: tyro.conf.Positional[str | None] = None
-    """A folder of images; without one, the embedded photographs."""
+    """Image folder, tar shards, saved data set or parquet; if not given, the embedded photographs."""
     part: Part = "train"
     """Which images: a split as training makes it, or (of a folder) all."""
     images: int | None = None
@@ -88,6 +89,9 @@ class Encode:
     share: str | None = None
     """I/N: this process makes the shards I, I + N, ...; if not given, what torchrun says, else all of them.
     The process that ends last writes the manifest."""
+    max_broken: float = 0.001
+    """Share of a process's images that may be unreadable: they are left out, and named in quarantine.jsonl
+    beside the shards. Beyond it the command stops."""
     seed: int = 0
     """Start of every random draw."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -97,6 +101,7 @@ class Encode:
             raise ValueError(f"shard_images is {self.shard_images}; it must be 1 to {MAX_SHARD_IMAGES}")
         if self.images is not None and self.images < 1:
             raise ValueError(f"images is {self.images}; it must be at least 1")
+        check_share(self.max_broken)
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
         self.processes()
@@ -143,11 +148,11 @@ def encode_shard(
     for start in range(rows.start, rows.stop, batch_size):
         stop = min(start + batch_size, rows.stop)
         batch = source.read(start, stop)
-        faults += cast("list[Fault]", batch.get("faults") or [])
+        faults += batch["faults"]
         bar.advance(bar.task_ids[0], stop - start)
         if not batch["key"]:
             continue
-        there = cast("list[int]", batch.get("number") or list(range(start, stop)))
+        there = batch["number"]
         images = batch["image"].to(tokenizer.align.weight.device)
         for mirrored, suffix in enumerate(("", "_flip")):
             encoded = encode_batch(
@@ -280,10 +285,16 @@ def main() -> None:
 
     todo = sum(len(settings.rows(number)) for number in writer.missing)
     faults: list[Fault] = []
+    listed = options.output / (f"quarantine-{index}.jsonl" if index else QUARANTINE)
+    quarantine = Quarantine(listed, -(-len(source) // processes), options.max_broken)
+    for fault in quarantine.add(source.faults()):
+        say(console, f"warning: {fault.key}: {fault.reason}")
     with memory_errors(), progress(console, "encoding", todo) as bar:
         for number in writer.missing:
             rows = settings.rows(number)
             shard = encode_shard(tokenizer, source, rows, settings, options.model.batch_size, bar)
+            quarantine.add(shard.faults)
+            quarantine.check()
             writer.write(number, shard.tensors)
             faults += shard.faults
     seconds = time.perf_counter() - started

@@ -32,6 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vfmvae.data.transforms import CENTRE_CROP
 from vfmvae.serialization import check_fields, from_dict, read_json
 
 MANIFEST = "manifest.json"
@@ -86,7 +87,7 @@ class LatentSettings:
     """Whose features these are."""
     origin: Literal["encode", "lightningdit", "repa"] = "encode"
     """Who has encoded: `vfmvae encode`, or the project whose files were imported."""
-    preprocessing: str = "largest centred square, Lanczos"
+    preprocessing: str = CENTRE_CROP
 
     def __post_init__(self) -> None:
         check_fields(self, "settings")
