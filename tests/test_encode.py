@@ -134,7 +134,7 @@ def test_kills_at_random_moments_leave_no_duplicate_and_no_gap(tiny: Path, tmp_p
     assert int(output.rpartition("killed: ")[2]) >= 5, output
     there = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    assert {name: content for name, content in there.items() if not name.startswith(".")} == whole
+    assert there == whole
     numbers = [load_file(path)["numbers"] for path in sorted((tmp_path / "out").glob("*.safetensors"))]
     assert torch.equal(torch.cat(numbers), torch.arange(160))
 
@@ -235,7 +235,7 @@ class Gaps:
         return self._whole.names()
 
     def faults(self) -> list[Fault]:
-        return [Fault("some.tar", "is cut short")]
+        return [Fault("some.tar", "is cut short")] if len(self._gone) < 10 else []
 
     def read(self, start: int, stop: int) -> dict[str, object]:
         batch = self._whole.read(start, stop)

@@ -85,8 +85,9 @@ def finished_again(folder: Path, number: int, **changes: torch.Tensor) -> None:
     """A shard with other values, and checksums and statistics that are true of them."""
     path = folder / f"latents_{number:05d}.safetensors"
     (folder / "manifest.json").unlink()
-    writer = LatentWriter(folder, SETTINGS, tuple("abcde"))
-    writer.write(number, {**load_file(path), **changes})
+    writer, whole = LatentWriter(folder, SETTINGS, tuple("abcde")), load_file(path)
+    path.unlink()
+    writer.write(number, {**whole, **changes})
     assert writer.finish() is not None
 
 

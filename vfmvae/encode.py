@@ -284,7 +284,7 @@ def main() -> None:
     writer.discard_damaged()
 
     todo = sum(len(settings.rows(number)) for number in writer.missing)
-    faults: list[Fault] = []
+    encoded, faults = 0, list[Fault]()
     listed = options.output / (f"quarantine-{index}.jsonl" if index else QUARANTINE)
     quarantine = Quarantine(listed, -(-len(source) // processes), options.max_broken)
     for fault in quarantine.add(source.faults()):
@@ -292,23 +292,27 @@ def main() -> None:
     with memory_errors(), progress(console, "encoding", todo) as bar:
         for number in writer.missing:
             rows = settings.rows(number)
+            if writer.is_there(number):  # workers of a torchrun that was killed may live on
+                bar.advance(bar.task_ids[0], len(rows))
+                continue
             shard = encode_shard(tokenizer, source, rows, settings, options.model.batch_size, bar)
             quarantine.add(shard.faults)
             quarantine.check()
             writer.write(number, shard.tensors)
+            encoded += len(shard.tensors["numbers"])
             faults += shard.faults
     seconds = time.perf_counter() - started
     with progress(console, "finishing", 2 * settings.shards, "shards") as bar:
         manifest = writer.finish(partial(bar.advance, bar.task_ids[0]))
     console.quiet = False
-    report(console, options.output, (index, processes), todo, seconds, faults, manifest)
+    report(console, options.output, (index, processes), encoded, seconds, faults, manifest)
 
 
 def report(
     console: Console,
     folder: Path,
     share: tuple[int, int],
-    todo: int,
+    encoded: int,
     seconds: float,
     faults: list[Fault],
     manifest: Manifest | None,
@@ -320,7 +324,7 @@ def report(
     if len(faults) > FAULTS_SHOWN:
         say(console, f"{who}and {len(faults) - FAULTS_SHOWN} more")
     left_out = f", {len(faults)} could not be read" if faults else ""
-    done = f"{who}{folder}: {todo - len(faults)} images encoded in {seconds:.0f} s{left_out}"
+    done = f"{who}{folder}: {encoded} images encoded in {seconds:.0f} s{left_out}"
     if manifest is None:
         say(console, f"{done}; other processes are not done yet")
         return

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,13 +158,54 @@ def test_a_full_disk_leaves_no_shard_behind(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
-    leftover = tmp_path / ".latents_00000.safetensors.abc.partial"
-    others = tmp_path / ".latents_00001.safetensors.abc.partial"
-    leftover.touch()
-    others.touch()
+    """Of the own shard where it is old, since another process may be writing; everything at the end."""
+    old, fresh = (tmp_path / f".latents_00000.safetensors.{name}.partial" for name in ("old", "fresh"))
+    others, manifest = (
+        tmp_path / ".latents_00001.safetensors.abc.partial",
+        tmp_path / ".manifest.json.a.partial",
+    )
+    for path in (old, fresh, others, manifest):
+        path.touch()
+    for path in (old, others):
+        os.utime(path, (time.time() - 700, time.time() - 700))
     writer = writer_for(tmp_path)
     writer.write(0, shard(SETTINGS.rows(0)))
-    assert not leftover.exists() and others.exists(), "another process may be writing the other shard"
+    assert [path.exists() for path in (old, fresh, others, manifest)] == [False, True, True, True]
+    fill(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_processes_at_one_shard_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one ends the same shard, or the folder, while this one writes, and clears what it wrote."""
+    save_file, replacing, whole = module.save_file, module.replacing, fill(tmp_path / "whole")
+    writer = writer_for(tmp_path / "out")
+
+    def overtaken(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, path, metadata=metadata)
+        (tmp_path / "out" / path.name.split(".")[1]).with_suffix(".safetensors").write_bytes(
+            (whole / "latents_00000.safetensors").read_bytes()
+        )
+        path.unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "save_file", overtaken)
+        assert not writer.is_there(0)
+        writer.write(0, shard(SETTINGS.rows(0)))
+        assert writer.is_there(0)
+    for number in (1, 2):
+        writer.write(number, shard(SETTINGS.rows(number)))
+
+    @contextmanager
+    def ended(*paths: Path) -> Iterator[list[Path]]:
+        with replacing(*paths) as partials:
+            yield partials
+            for path, partial in zip(paths, partials, strict=True):
+                path.write_bytes((whole / path.name).read_bytes())
+                partial.unlink()
+
+    monkeypatch.setattr(module, "replacing", ended)
+    assert writer.finish() == read_manifest(whole)
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 def test_images_that_could_not_be_read_are_left_out(tmp_path: Path) -> None:

@@ -1,7 +1,13 @@
-"""Filling a folder of latents shard by shard; vfmvae.data.latent_folder says what lies in it."""
+"""Filling a folder of latents shard by shard; vfmvae.data.latent_folder says what lies in it.
+
+Two processes may even work at the same shard, as where torchrun was killed and its workers live on while the
+command runs again: both write the same bytes, and neither stumbles over what the other has done.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -35,6 +41,9 @@ from vfmvae.data.latent_folder import (
     shard_name,
 )
 from vfmvae.serialization import to_json
+
+STALE_S = 600
+"""Nobody writes any more at a file that did not change for so long."""
 
 
 class LatentWriter:
@@ -87,16 +96,29 @@ class LatentWriter:
             (self.folder / self._names[number]).unlink(missing_ok=True)
         self._bad = []
 
+    def is_there(self, number: int) -> bool:
+        """Whether a shard is there by now; one that was missing before has come from another process."""
+        return (self.folder / self._names[number]).exists()
+
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Add a shard; OSError with a sentence if it cannot be written, and nothing is left of it."""
-        for partial in self.folder.glob(f".{self._names[number]}.*"):  # of a writer that was killed
-            partial.unlink(missing_ok=True)
-        self._reopen()
+        """Add a shard, unless it is there by now.
+
+        OSError with a sentence if it cannot be written, and nothing is left of it.
+        """
+        path = self.folder / self._names[number]
+        if self.is_there(number):
+            return
+        self._clear(f".{path.name}.*.partial", STALE_S)
+        if self._finished is not None:
+            self._reopen()
         stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_atomically(
-            self.folder / self._names[number],
-            lambda path: save_file(stored, path, metadata=describe(self.settings)),
-        )
+        try:
+            write_atomically(
+                path, lambda partial: save_file(stored, partial, metadata=describe(self.settings))
+            )
+        except OSError:
+            if not self.is_there(number):
+                raise
 
     def finish(self, advance: Advance = quietly) -> Manifest | None:
         """Write statistics and manifest if every shard is there, whoever wrote it; None if not.
@@ -113,11 +135,16 @@ class LatentWriter:
         if not filled:
             raise ValueError(f"{self.folder}: none of the {self.settings.images} images could be read")
         manifest = self._describe(shards, filled, advance)
-        with replacing(self.folder / STATISTICS, self.folder / MANIFEST) as (statistics, description):
-            pickled = BytesIO()  # torch.save to a file says no more than "failed" when the disk is full
-            torch.save(_published(manifest), pickled)
-            statistics.write_bytes(pickled.getvalue())
-            description.write_text(to_json(manifest), encoding="utf-8")
+        try:
+            with replacing(self.folder / STATISTICS, self.folder / MANIFEST) as (statistics, description):
+                pickled = BytesIO()  # torch.save to a file says no more than "failed" when the disk is full
+                torch.save(_published(manifest), pickled)
+                statistics.write_bytes(pickled.getvalue())
+                description.write_text(to_json(manifest), encoding="utf-8")
+        except OSError:
+            if self._complete() != manifest:
+                raise
+        self._clear(".*.partial", 0)  # of writers that were killed
         self._finished = manifest
         return manifest
 
@@ -153,6 +180,13 @@ class LatentWriter:
         """Before a change: the manifest's checksums will not hold any more, whoever wrote it."""
         self._finished = None
         (self.folder / MANIFEST).unlink(missing_ok=True)
+
+    def _clear(self, pattern: str, age_s: float) -> None:
+        """Remove temporary files that did not change for so long."""
+        for partial in self.folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - partial.stat().st_mtime >= age_s:
+                    partial.unlink()
 
     def _is_whole(self, number: int, mine: bool) -> bool:
         path = self.folder / self._names[number]
