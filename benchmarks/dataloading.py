@@ -46,6 +46,7 @@ from vfmvae.data.photographs import PHOTOGRAPHS, region
 
 SIZES = ((500, 375), (500, 375), (500, 375), (375, 500), (500, 333), (333, 500), (640, 480), (1024, 768))
 PER_SHARD = 250
+WAITING_STEPS = 6
 
 
 @dataclass
@@ -120,14 +121,14 @@ def _one_turn(start: Callable[[], Iterator[Any]], options: Options) -> tuple[flo
     for _ in islice(batches, count):
         pass
     rate = count * size / (time.perf_counter() - begun)
-    step, waited = size / options.step_rate, 0.0
-    begun = time.perf_counter()
-    for _ in range(max(4, count // 3)):
+    step, waits = size / options.step_rate, []
+    for _ in range(warm_up + WAITING_STEPS):
         asked = time.perf_counter()
         next(batches)
-        waited += time.perf_counter() - asked
+        waits.append(time.perf_counter() - asked)
         time.sleep(step)
-    total = time.perf_counter() - begun
+    waited = sum(waits[warm_up:])
+    total = waited + WAITING_STEPS * step
     if hasattr(batches, "close"):
         batches.close()
     return rate, waited / total

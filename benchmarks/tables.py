@@ -1,9 +1,9 @@
-"""The tables of docs/performance.md from the JSON that kernels.py, throughput.py and optimizer.py write.
+"""The tables of docs/performance.md from the JSON that the other benchmarks write.
 
     python benchmarks/tables.py FOLDER     puts the results in FOLDER between their markers in the document
 
 NAME.json goes between `<!-- NAME -->` and `<!-- end -->`, for the names that begin with kernels, throughput,
-fp8 or optimizer. gpu_suite.py writes the same tables to tables.md in its output folder.
+fp8, optimizer or dataloading. gpu_suite.py writes the same tables to tables.md in its output folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         raise SystemExit(
             "usage: python benchmarks/tables.py FOLDER, a folder with kernels-*.json, throughput-*.json,"
-            " fp8-*.json or optimizer-*.json"
+            " fp8-*.json, optimizer-*.json or dataloading-*.json"
         )
     document = DOCUMENT.read_text(encoding="utf-8")
     for name, table in tables(Path(sys.argv[1])).items():
@@ -50,6 +50,8 @@ def tables(folder: Path) -> dict[str, str]:
             found[path.stem] = fp8_tables(json.loads(path.read_text(encoding="utf-8")))
         elif path.name.startswith("optimizer"):
             found[path.stem] = optimizer_table(json.loads(path.read_text(encoding="utf-8")))
+        elif path.name.startswith("dataloading"):
+            found[path.stem] = dataloading_tables(json.loads(path.read_text(encoding="utf-8")))
     return found
 
 
@@ -132,6 +134,32 @@ def optimizer_table(result: dict[str, Any]) -> str:
     size = f"{result['parameters'] / 1e6:.1f} M parameters in {result['tensors']} tensors"
     left_out = "".join(f"\n{why}.\n" for why in result["left_out"].values())
     return f"{_provenance(result)}; {size}:\n\n{_markdown(head, rows)}{left_out}"
+
+
+def dataloading_tables(result: dict[str, Any]) -> str:
+    where = [result["date"], result["device"], f"{result['cores']} cores", f"torch {result['torch']}"]
+    parts = []
+    if "images" in result:
+        rows = [
+            [
+                row["format"],
+                row["by"],
+                f"{row['images_per_second']:.0f}",
+                f"{row['times_faster']:.2f}x",
+                f"{row['waits']:.1%}",
+            ]
+            for row in result["images"]
+        ]
+        head = ["format", "by", "images/s", "faster than the DataLoader", "waits"]
+        parts.append(_markdown(head, rows))
+        where.append(f"DALI {result['dali']}")
+    if "latents" in result:
+        rows = [
+            [row["by"], f"{row['latents_per_second']:,.0f}", f"{row['times_faster']:.1f}x"]
+            for row in result["latents"]
+        ]
+        parts.append(_markdown(["latents read by", "per second", "faster"], rows))
+    return f"{', '.join(where)}:\n\n" + "\n".join(parts)
 
 
 def _of_pass(row: dict[str, Any], part: str) -> str:

@@ -14,11 +14,14 @@ import pytest
 import torch
 
 from tests.commands import save_image
+from tests.data.latent_shards import fill
 from vfmvae.data import (
     Backend,
     Fault,
     ImageLoader,
     Images,
+    LatentLoader,
+    Latents,
     Photographs,
     Request,
     load_batches,
@@ -206,3 +209,30 @@ def test_the_state_of_a_loader_may_be_taken_up_by_other_ranks_and_workers(folder
         next(iter(loader))
     with pytest.raises(ValueError, match="rank 2 must be from 0 to 1"):
         ImageLoader(source, 2, rank=2, world_size=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_latents_are_loaded_with_the_same_state(workers: int, tmp_path: Path) -> None:
+    latents = Latents(fill(tmp_path / "latents"), seed=3)
+    epoch = len(latents)
+    keys: list[str] = []
+    images = 0
+    for world_size, batches in ((2, 2), (1, 3), (2, 9)):
+        loaders = [
+            LatentLoader(latents, 4 // world_size, rank=r, world_size=world_size, workers=workers)
+            for r in range(world_size)
+        ]
+        for loader in loaders:
+            loader.load_state_dict({"seen_images": images})
+        parts = [iter(loader) for loader in loaders]
+        for _ in range(batches):
+            for part in parts:
+                batch = next(part)
+                expected = latents.batch(len(keys) // len(batch["key"]), len(batch["key"]))
+                assert batch["key"] == expected["key"]
+                assert torch.equal(batch["latent"], expected["latent"])
+                keys += batch["key"]
+        for part in parts:
+            part.close()  # type: ignore[attr-defined]
+        (images,) = {loader.state_dict()["seen_images"] for loader in loaders}
+    assert images == len(keys) and len(set(keys[:epoch])) == epoch

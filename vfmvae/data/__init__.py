@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from vfmvae.data.formats import open_data, open_samples
 from vfmvae.data.images import Images
-from vfmvae.data.loader import Backend, ImageLoader, choose_backend, load_batches
+from vfmvae.data.latents import Latents
+from vfmvae.data.loader import Backend, ImageLoader, LatentLoader, choose_backend, load_batches
 from vfmvae.data.photographs import Photographs
 from vfmvae.data.samples import Fault, SampleError, Samples
 from vfmvae.data.source import ImageBatch, ImageSource, Request, Split, validation_batches
@@ -17,6 +18,8 @@ __all__ = [
     "ImageLoader",
     "ImageSource",
     "Images",
+    "LatentLoader",
+    "Latents",
     "Photographs",
     "Request",
     "SampleError",

@@ -16,6 +16,7 @@ import torch
 
 from vfmvae.data import dali
 from vfmvae.data.images import Images
+from vfmvae.data.latents import LatentBatch, Latents
 from vfmvae.data.source import ImageBatch, ImageSource, Request
 from vfmvae.data.transforms import PUBLISHED_CROPS, CropConfig
 from vfmvae.data.workers import read_ahead
@@ -69,14 +70,49 @@ def _read(source: ImageSource, batch_size: int, asked: Request) -> ImageBatch:
     return source.batch(asked.number, batch_size, asked.crops)
 
 
-class ImageLoader:
+class _Stream:
+    """This rank's part of an endless order, and where in it all ranks are."""
+
+    def __init__(self, batch_size: int, rank: int, world_size: int) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} must be from 0 to {world_size - 1}, one below world_size")
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seen_images = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """As it is after the batch that was given last."""
+        return {"seen_images": self.seen_images}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Takes effect at the next `iter`."""
+        self.seen_images = int(state["seen_images"])
+
+    def _numbers(self) -> Iterator[int]:
+        """Of this rank's batches from the present state on."""
+        together = self.batch_size * self.world_size
+        first, rest = divmod(self.seen_images, together)
+        if rest:
+            raise ValueError(
+                f"{self.seen_images} images were seen, which are no whole batches of {self.batch_size} on"
+                f" {self.world_size} ranks; go on with sizes that divide them"
+            )
+        return (step * self.world_size + self.rank for step in count(first))
+
+    def _count(self) -> None:
+        """Goes before a batch is given."""
+        self.seen_images += self.batch_size * self.world_size
+
+
+class ImageLoader(_Stream):
     """An endless iterator over this rank's training batches, with a state that checkpoints.
 
     Every sample comes once per epoch, over all ranks together, whatever happens in between: the state is how
     many images all ranks have been given, and may be taken up by other numbers of ranks and workers. All
     ranks are taken to have asked for as many batches as this one.
 
-        loader = ImageLoader(open_data("photos", "train", 256), 32, workers=4, device=torch.device("cuda"))
+        loader = ImageLoader(open_data("photos", "train", 256), 32, workers=4, device="cuda")
         for batch in loader:  # image uint8 [B, 3, R, R] on the device, label int64 [B], key, number, faults
             ...
             checkpoint["data"] = loader.state_dict()
@@ -95,37 +131,53 @@ class ImageLoader:
         crops: CropConfig = PUBLISHED_CROPS,
     ) -> None:
         """batch_size: images of one batch of this rank; the others are described at `load_batches`."""
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} must be from 0 to {world_size - 1}, one below world_size")
+        super().__init__(batch_size, rank, world_size)
         self.source = source
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
         self.workers = workers
         self.device = torch.device(device)
         self.backend = choose_backend(source, backend, self.device)
         self.crops = crops
-        self.seen_images = 0
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        together = self.batch_size * self.world_size
-        first, rest = divmod(self.seen_images, together)
-        if rest:
-            raise ValueError(
-                f"{self.seen_images} images were seen, which are no whole batches of {self.batch_size} on"
-                f" {self.world_size} ranks; go on with sizes that divide them"
-            )
-        requests = (Request(step * self.world_size + self.rank, self.crops) for step in count(first))
+        requests = (Request(number, self.crops) for number in self._numbers())
         loaded = load_batches(self.source, self.batch_size, requests, self.workers, self.device, self.backend)
         with closing(loaded):
             for batch in loaded:
-                self.seen_images += together
+                self._count()
                 yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """As it is after the batch that was given last."""
-        return {"seen_images": self.seen_images}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take effect at the next `iter`."""
-        self.seen_images = int(state["seen_images"])
+class LatentLoader(_Stream):
+    """The same over latents: batches as `Latents.batch` gives them, on the device, with the same state."""
+
+    def __init__(
+        self,
+        latents: Latents,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """workers: reading processes; the files were verified when `latents` was opened."""
+        super().__init__(batch_size, rank, world_size)
+        self.latents = latents
+        self.workers = workers
+        self.device = torch.device(device)
+
+    def __iter__(self) -> Iterator[LatentBatch]:
+        read = partial(_read_latents, self.latents, self.batch_size)
+        pin = self.device.type == "cuda"
+        with closing(read_ahead(read, self._numbers(), self.workers, pin)) as batches:
+            for batch in batches:
+                for field in ("latent", "moments", "features", "class_token"):
+                    values = batch[field]
+                    if values is not None:
+                        batch[field] = values.to(self.device, non_blocking=True)
+                self._count()
+                yield batch
+
+
+def _read_latents(latents: Latents, batch_size: int, number: int) -> LatentBatch:
+    return latents.batch(number, batch_size)
