@@ -26,6 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
+    torch.use_deterministic_algorithms(False)  # a run in this process may have turned them on
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

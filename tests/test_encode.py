@@ -282,6 +282,17 @@ def test_images_that_cannot_be_read_are_left_out_and_said(
     assert "none of the 10 images could be read" in capsys.readouterr().err
 
 
+def test_a_limit_holds_over_restarts(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images that finished shards lack are lost, and count again."""
+    monkeypatch.setattr(module, "open_in_order", lambda *arguments: Gaps({1, 5, 9}))
+    for _ in range(2):
+        assert encode(tiny, tmp_path / "out", "--max-broken", "0.3") == 1
+        assert "4 of 10 images cannot be used, and max_broken 0.3 allows 3" in capsys.readouterr().err
+        assert list(shards(tmp_path / "out")) == ["latents_00000.safetensors", "latents_00001.safetensors"]
+
+
 def test_big_rows_make_small_shards(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless asked otherwise a shard is at most so many bytes: here three latents, or one with features."""
     monkeypatch.setattr(module, "SHARD_BYTES", 3 * 2 * 8 * 4 * 4 * 4)

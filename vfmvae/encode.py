@@ -36,7 +36,7 @@ from vfmvae.data.latent_folder import (
     pack_names,
 )
 from vfmvae.data.latent_writer import LatentWriter
-from vfmvae.data.ordered import OrderedImages, open_in_order
+from vfmvae.data.ordered import OrderedImages, batches_ahead, open_in_order
 from vfmvae.data.quarantine import QUARANTINE, Quarantine, check_share
 from vfmvae.data.samples import Fault, Part
 from vfmvae.images import check_images
@@ -131,11 +131,13 @@ def encode_shard(
     settings: LatentSettings,
     batch_size: int,
     bar: Progress,
+    quarantine: Quarantine,
 ) -> EncodedShard:
     """One shard, as vfmvae.data.latent_folder describes it.
 
     A batch may lack images that cannot be read: its `number` says which ones are there, and `faults` what is
-    wrong with the others. Raises FloatingPointError for an image that gives NaN.
+    wrong with the others. Raises ValueError if `quarantine` has enough of them, and FloatingPointError for an
+    image that gives NaN.
     """
     tensors = {
         name: torch.empty(len(rows), *shape, dtype=STORAGE[settings.storage])
@@ -145,11 +147,11 @@ def encode_shard(
     names: list[str] = []
     numbers: list[int] = []
     faults: list[Fault] = []
-    for start in range(rows.start, rows.stop, batch_size):
-        stop = min(start + batch_size, rows.stop)
-        batch = source.read(start, stop)
+    for batch in batches_ahead(source, rows, batch_size):
         faults += batch["faults"]
-        bar.advance(bar.task_ids[0], stop - start)
+        quarantine.add(batch["faults"])
+        quarantine.check()
+        bar.advance(bar.task_ids[0], len(batch["key"]) + len(batch["faults"]))
         if not batch["key"]:
             continue
         there = batch["number"]
@@ -286,7 +288,8 @@ def main() -> None:
     todo = sum(len(settings.rows(number)) for number in writer.missing)
     encoded, faults = 0, list[Fault]()
     listed = options.output / (f"quarantine-{index}.jsonl" if index else QUARANTINE)
-    quarantine = Quarantine(listed, -(-len(source) // processes), options.max_broken)
+    share = -(-len(source) // processes)
+    quarantine = Quarantine(listed, share, options.max_broken, lost=writer.lost())
     for fault in quarantine.add(source.faults()):
         say(console, f"warning: {fault.key}: {fault.reason}")
     with memory_errors(), progress(console, "encoding", todo) as bar:
@@ -295,9 +298,7 @@ def main() -> None:
             if writer.is_there(number):  # workers of a torchrun that was killed may live on
                 bar.advance(bar.task_ids[0], len(rows))
                 continue
-            shard = encode_shard(tokenizer, source, rows, settings, options.model.batch_size, bar)
-            quarantine.add(shard.faults)
-            quarantine.check()
+            shard = encode_shard(tokenizer, source, rows, settings, options.model.batch_size, bar, quarantine)
             writer.write(number, shard.tensors)
             encoded += len(shard.tensors["numbers"])
             faults += shard.faults

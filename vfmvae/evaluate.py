@@ -24,7 +24,7 @@ from rich.table import Table
 from vfmvae import __version__
 from vfmvae.atomic import write_atomically
 from vfmvae.cli import command, parse
-from vfmvae.data.ordered import OrderedImages, open_in_order
+from vfmvae.data.ordered import OrderedImages, batches_ahead, open_in_order
 from vfmvae.data.quarantine import Quarantine, check_share
 from vfmvae.data.samples import Part
 from vfmvae.data.transforms import CENTRE_CROP
@@ -99,8 +99,7 @@ def evaluate(
     sums = dict.fromkeys(("psnr", "ssim", name), 0.0)
     measured = 0
     quarantine.add(source.faults())
-    for start in range(0, len(source), batch_size):
-        batch = source.read(start, min(start + batch_size, len(source)))
+    for batch in batches_ahead(source, range(len(source)), batch_size):
         quarantine.add(batch["faults"])
         quarantine.check()
         bar.advance(bar.task_ids[0], len(batch["key"]) + len(batch["faults"]))

@@ -124,6 +124,7 @@ class Run:
         """
         resumed = self.restore()
         job = self.job
+        self.compare_data()
         if rank() == 0:
             self.folder.begin(to_json(self.config), job.state.step, self.position.seen_images)
         barrier()
@@ -133,6 +134,19 @@ class Run:
         if not resumed:
             self.checkpoints.save(job.state)
             self.checkpoints.wait()  # data workers must not be forked beside a thread that writes
+
+    def compare_data(self) -> None:
+        """Say so if the data set is not the one that the checkpoint was trained on."""
+        if self.config.data is None:
+            return
+        before = self.job.state.numbers.get("data")
+        found = self.job.state.numbers["data"] = {"images": len(self.job.data), "keys": self.job.data_keys()}
+        if before is not None and before != found:
+            self.say(
+                f"warning: {self.config.data} has changed since the checkpoint, from {before['images']:,} to"
+                f" {found['images']:,} training images or in their names: the order of this epoch is another,"
+                f" so some of its images come twice and some not at all"
+            )
 
     def restore(self) -> bool:
         """Take up the newest intact checkpoint and the stage it is from; returns whether there was one."""
@@ -225,7 +239,7 @@ class Run:
         """
         new = self.quarantine.add(gather_lists(self.job.take_faults()))
         for fault in new[:MOST_SAID]:
-            self.say(f"warning: {fault.key} is left out: {fault.reason}")
+            self.say(f"warning: {fault.key}: {fault.reason}")
         if len(new) > MOST_SAID:
             self.say(f"warning: and {len(new) - MOST_SAID} more; all are listed in {self.folder.quarantine}")
         try:

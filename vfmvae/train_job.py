@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vfmvae.config import TrainConfig
-from vfmvae.data import Fault, Request, choose_backend, load_batches, open_data
+from vfmvae.data import Fault, Images, Request, choose_backend, load_batches, open_data
 from vfmvae.discriminators.blur import Blur, blur_sigma, reach_of
 from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.tokenizer.parts import set_trained
@@ -27,7 +29,7 @@ from vfmvae.training.averaging_adam import AveragingAdam
 from vfmvae.training.companion import Companion
 from vfmvae.training.companion import check_new as check_companion
 from vfmvae.training.device import compute_dtype, keep_freed_memory, pick_device, set_precision
-from vfmvae.training.distributed import barrier, mean_over_ranks, rank, world_size
+from vfmvae.training.distributed import first_rank_first, mean_over_ranks, rank, world_size
 from vfmvae.training.draws import StandingDraws, StepDraws
 from vfmvae.training.ema import EMA, ema_beta
 from vfmvae.training.evaluation import HELD_OUT_IMAGES, Evaluation, evaluate
@@ -94,12 +96,9 @@ class Job:
             keep_freed_memory()
         set_precision(deterministic=config.engine.deterministic)
         resolution = config.tokenizer.resolution
-        if rank() > 0:
-            barrier()  # the first one indexes shards, for all
-        self.data = open_data(config.data, "train", resolution, config.seed)
-        self.held_out = open_data(config.data, "validation", resolution, config.seed)
-        if rank() == 0:
-            barrier()
+        with first_rank_first():  # it indexes shards and converts parquet files, for all
+            self.data = open_data(config.data, "train", resolution, config.seed)
+            self.held_out = open_data(config.data, "validation", resolution, config.seed)
         self.data_backend = choose_backend(self.data, config.data_backend, self.device)
         self.faults = [*self.data.faults(), *self.held_out.faults()]  # not yet reported
         self._dtype = compute_dtype(config.dtype, self.device)
@@ -274,6 +273,15 @@ class Job:
                 parts = [first, *(next(loaded) for _ in range(accumulate - 1))]
                 self.faults += [fault for part in parts for fault in part["faults"]]
                 yield [part["image"] for part in parts]
+
+    def data_keys(self) -> str:
+        """SHA-256 of the keys of the training images in their order."""
+        digest = hashlib.sha256()
+        if isinstance(self.data, Images):
+            samples = self.data.samples
+            for number in range(len(samples)):
+                digest.update(os.fsencode(samples.key(number)) + b"\n")
+        return digest.hexdigest()
 
     def take_faults(self) -> list[Fault]:
         """What could not be read since the last call."""

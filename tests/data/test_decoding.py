@@ -77,7 +77,21 @@ def test_a_turned_photograph_is_upright() -> None:
 
 
 whole = stored(noise(200, 150), quality=95)
+
+
+def hollow_png() -> bytes:
+    """As long as it should be, and its second half zeros."""
+    data = stored(noise(200, 150), "png")
+    return data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
+
+
+def eight_bits_in_sixteen() -> bytes:
+    return stored(Image.fromarray(np.asarray(noise().convert("L")).astype(np.uint16)), "png")
+
+
 BROKEN = {
+    "hollow png": (hollow_png(), "."),
+    "8 bits in 16": (eight_bits_in_sixteen(), "of 65535 would be black"),
     "empty": (b"", "the file is empty"),
     "half": (whole[: len(whole) // 2], "truncated"),
     "without its end": (whole[:-20], "truncated"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vfmvae.data import Images, Photographs, Split, open_data, validation_batches
+from vfmvae.data import Images, Photographs, Split, open_data, open_samples, validation_batches
 from vfmvae.data.samples import NO_LABEL, Fault
 from vfmvae.data.transforms import CropConfig
 
@@ -135,6 +136,56 @@ def test_a_train_folder_alone_is_split_within(tmp_path: Path) -> None:
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     write(tmp_path, "train/1.png", "train/2.png", "plane/1.png", "plane/2.png")
     assert open_folder(tmp_path, 8).classes == ("plane", "train")
+
+
+def test_a_flat_validation_folder_moves_no_label(tmp_path: Path) -> None:
+    write(tmp_path, "train/ant/1.png", "train/cat/1.png", "val/1.png", "val/2.png")
+    train, validation = (open_folder(tmp_path, 8, split) for split in ("train", "validation"))
+    assert train.classes == validation.classes == ("ant", "cat")
+    assert sorted(train.batch(0, 2)["label"].tolist()) == [0, 1]
+    held_out = validation.batch(0, 2)
+    assert held_out["label"].tolist() == [NO_LABEL] * 2 and held_out["faults"] == []
+
+
+@pytest.mark.parametrize("name", ["valid", "test"])
+def test_other_names_of_the_validation_folder(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "train/a/1.png", "train/b/1.png", f"{name}/b/2.png")
+    assert names(open_folder(tmp_path, 8)) == ["train/a/1.png", "train/b/1.png"]
+    validation = open_folder(tmp_path, 8, "validation")
+    assert names(validation) == [f"{name}/b/2.png"] and validation.classes == ("a", "b")
+    write(tmp_path, "val/a/3.png")
+    assert names(open_folder(tmp_path, 8, "validation")) == (["val/a/3.png"])
+    assert names(open_folder(tmp_path, 8)) == ["train/a/1.png", "train/b/1.png"]
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
+    write(tmp_path / "data", "a/1.png", "b/2.png")
+    (tmp_path / "data/a/self").symlink_to(tmp_path / "data")
+    (tmp_path / "data/c").symlink_to(write(tmp_path / "elsewhere", "3.png"))
+    assert len(open_samples(str(tmp_path / "data"), "all")) == 3
+
+
+def test_a_pipe_is_a_fault_and_not_waited_for(tmp_path: Path) -> None:
+    write(tmp_path, "train/1.png", "val/1.png")
+    os.mkfifo(tmp_path / "val/2.png")
+    assert open_folder(tmp_path, 8, "validation").batch(0, 2)["faults"] == [
+        Fault("val/2.png", "it is no regular file")
+    ]
+
+
+def test_names_that_are_no_text_are_read(tmp_path: Path) -> None:
+    write(tmp_path, "1.png", "2.png")
+    os.rename(tmp_path / "2.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    samples = open_samples(str(tmp_path), "all")
+    assert len(samples) == 2 and samples.read(1) and len(open_samples(str(tmp_path), "train")) == 1
+
+
+def test_a_few_images_beside_packed_data_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "assets/1.png", "assets/2.png")
+    (tmp_path / "train-0.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds 1 tar or parquet files \(train-0\.parquet\) and 2 images"):
+        open_samples(str(tmp_path), "train")
+    assert len(open_samples(str(tmp_path / "assets"), "all")) == 2
 
 
 def test_other_and_hidden_files_are_left_out(tmp_path: Path) -> None:

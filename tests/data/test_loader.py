@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 
 from tests.commands import save_image
 from tests.data.latent_shards import fill
+from tests.helpers import ROOT
 from vfmvae.data import (
     Backend,
     Fault,
@@ -236,3 +239,28 @@ def test_latents_are_loaded_with_the_same_state(workers: int, tmp_path: Path) ->
             part.close()  # type: ignore[attr-defined]
         (images,) = {loader.state_dict()["seen_images"] for loader in loaders}
     assert images == len(keys) and len(set(keys[:epoch])) == epoch
+
+
+def test_a_program_ends_beside_an_open_loader(folder: Path) -> None:
+    """Workers do not hear that they are to end; nobody may wait for them."""
+    program = (
+        "from vfmvae.data import ImageLoader, open_data\n"
+        f"source = open_data({str(folder)!r}, 'train', 16)\n"
+        "batches = iter(ImageLoader(source, 2, workers=2, backend='torch'))\n"
+        "next(batches)\n"
+        "kept = [batches]\n"
+        "kept.append(kept)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"backend": "foo"}, "unknown data backend 'foo'; choose one of auto, dali, torch"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_options_of_a_loader_are_named(options: dict[str, object], sentence: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ImageLoader(open_data(str(folder), "train", 16), **{"batch_size": 2} | options)  # type: ignore[arg-type]

@@ -94,6 +94,12 @@ def test_large_images_are_averaged_before_they_are_resized() -> None:
     assert np.abs(crop - averages).max() <= 2, "two box halvings, whose passes are rounded"
 
 
+def test_a_strip_is_cut_before_it_is_resized() -> None:
+    strip = ramp(250, 1).resize((20_000, 1))  # would be 5 million pixels wide, 4 GB
+    crop = centre_crop(strip, 256)
+    assert crop.shape == (256, 256, 3) and np.ptp(crop[..., 0]) <= 2
+
+
 def test_random_crops_follow_the_published_augmentation() -> None:
     """On a ramp, the slope tells the side, the middle tells the place, and the sign tells the mirroring."""
     width, height, resolution = 240, 120, 30

@@ -136,7 +136,7 @@ def test_both_stop_when_one_meets_a_broken_image(folder: Path) -> None:
     key = next(key for key in order[batch + 2 :] if key not in order[:batch])
     (folder / "images" / key).write_bytes(b"")
     printed = run("tests.distributed.runs", folder, "broken", code=1)
-    assert f"warning: {key} is left out: the file is empty" in printed
+    assert f"warning: {key}: the file is empty" in printed
     assert "error: 1 of 10 images cannot be used, and max_broken 0 allows 0" in printed
     assert "]: Traceback" not in printed, "but of torchrun itself"
     (line,) = (folder / "broken" / "quarantine.jsonl").read_text().splitlines()

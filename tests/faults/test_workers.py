@@ -86,9 +86,7 @@ def test_an_unreadable_image_is_named_whoever_reads_it(
     assert code == 1
     key = broken.relative_to(images).as_posix()
     assert error.startswith(f"error: 1 of 7 images cannot be used, and max_broken 0.001 allows 0: {key} (")
-    assert error.endswith(
-        f"; the whole list is {folder}/quarantine.jsonl; repair or remove them, or allow more\n"
-    )
+    assert error.endswith(f"; the whole list is {folder}/quarantine.jsonl; mend them, or allow more\n")
     assert error.count("\n") == 1
     assert [json.loads(line)["key"] for line in lines_of(folder / "quarantine.jsonl")] == [key]
     command = RunFolder(folder).resume_command()
@@ -110,10 +108,18 @@ def test_a_few_broken_images_are_listed_and_replaced(workers: int, images: Path,
     (images / "train/4.png").write_bytes((images / "train/4.png").read_bytes()[:100])
     config = cheap(steps=6, data=str(images), workers=workers, max_broken=0.3)
     output = run(config, tmp_path / "run")
-    assert output.count("warning: train/2.png is left out: the file is empty\n") == 1
+    assert output.count("warning: train/2.png: the file is empty\n") == 1
     listed = [json.loads(line) for line in lines_of(tmp_path / "run/quarantine.jsonl")]
     assert sorted(entry["key"] for entry in listed) == ["train/2.png", "train/4.png"]
     assert saved_steps(tmp_path / "run")[-1] == 6
+
+
+def test_a_data_set_that_has_changed_is_told(images: Path, tmp_path: Path) -> None:
+    config = cheap(steps=4, data=str(images))
+    assert "has changed" not in run(replace(config, steps=2), tmp_path / "run")
+    (images / "train/5.png").unlink()
+    output = run(config, tmp_path / "run")
+    assert "has changed since the checkpoint, from 6 to 5 training images" in output
 
 
 def first_images(images: Path, count: int) -> set[int]:

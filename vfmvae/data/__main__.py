@@ -3,7 +3,8 @@
     python -m vfmvae.data inspect photos/
 
 Every image is read and decoded once. Printed are counts, formats, sizes, classes, copies and what is broken;
-a contact sheet shows images from all over the data set. Nothing is written into the data set.
+a contact sheet shows images from all over the data set. Nothing is written into the data set, but for the
+indexes of tar shards.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from vfmvae.data.transforms import Window
 from vfmvae.data.workers import read_ahead
 
 LOBES = 3  # of the Lanczos filter, to each side
-MOST_THREADS = 16
+MOST_THREADS = 8  # of a process; a machine may run one per GPU
 
 
 class _Piece(NamedTuple):

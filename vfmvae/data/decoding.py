@@ -17,6 +17,10 @@ from vfmvae.data.transforms import as_rgb
 # What Pillow raises for files that are cut short, damaged, or not images at all.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 ORIENTATION = 0x0112  # of EXIF; 1 is upright
+PNG = b"\x89PNG"
+# Beyond 89 megapixels Pillow warns, and reads all the same; beyond 179 it refuses. A filter for the process,
+# since setting one around every call is not safe in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Plain(NamedTuple):
@@ -35,8 +39,10 @@ def decode(data: bytes, key: str) -> Image.Image:
     if not data:
         raise SampleError(key, "the file is empty")
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as opened:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and read all the same
+        if data.startswith(PNG):
+            with Image.open(io.BytesIO(data)) as opened:
+                opened.verify()  # its checksums, which decoding does not look at
+        with Image.open(io.BytesIO(data)) as opened:
             return as_rgb(opened)
     except DECODE_ERRORS as error:
         raise SampleError(key, _short(error)) from None

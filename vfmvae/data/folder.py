@@ -1,8 +1,9 @@
 """Image files below a folder as `Samples`, in the ImageNet layout or flat.
 
     folder/class/any/depth/name.jpg     the class is the first sub-folder; without sub-folders there is one
-    folder/train/..., folder/val/...    a `val` or `validation` folder is the validation split; `train` (or,
-                                        if there is none, everything else) trains; classes lie inside each
+    folder/train/..., folder/val/...    a `val`, `validation` or `valid` folder is the validation split, and
+                                        beside `train` also `test`; `train` (or, if there is none, everything
+                                        else) trains; classes lie inside each
 
 Without such a folder about a twentieth of the files is held out, chosen by a hash of each file's relative
 name: the choice is the same on every machine and stays when files are added.
@@ -11,28 +12,32 @@ name: the choice is the same on every machine and stays when files are added.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from vfmvae.atomic import reason
-from vfmvae.data.samples import IMAGE_EXTENSIONS, Fault, Part, SampleError
+from vfmvae.data.samples import IMAGE_EXTENSIONS, NO_LABEL, NOT_THE_SAMPLE, Fault, Part, SampleError
 from vfmvae.data.source import Split
 from vfmvae.data.splits import held_out
 
 EXTENSIONS = tuple(sorted(f".{extension}" for extension in IMAGE_EXTENSIONS))
-VALIDATION_FOLDERS = ("val", "validation")
+VALIDATION_FOLDERS = ("val", "validation", "valid")
+PACKED = (".tar", ".parquet")
+FEW_IMAGES = 20  # beside packed data they are pictures about it
 
 
 class FolderSamples:
     """Files below a folder, by their names; see `Samples`."""
 
-    def __init__(self, root: Path, entries: Sequence[tuple[Path, str]], classes: tuple[str, ...]) -> None:
-        """entries: each file with its class."""
-        self.root = root
+    def __init__(self, root: Path, entries: Sequence[_Entry], classes: tuple[str, ...]) -> None:
         self.classes = classes
-        numbers = {name: number for number, name in enumerate(classes)}
-        self._names = [file.relative_to(root).as_posix() for file, _ in entries]
-        self._labels = [numbers[name] for _, name in entries]
+        # Where there are classes, an image outside of them has none.
+        numbers = {"": NO_LABEL, **{name: number for number, name in enumerate(classes)}}
+        self._root = str(root)
+        self._names = [entry.name for entry in entries]
+        self._labels = [numbers[entry.class_name] for entry in entries]
 
     def __len__(self) -> int:
         return len(self._names)
@@ -44,13 +49,26 @@ class FolderSamples:
         return self._labels[number]
 
     def read(self, number: int) -> bytes:
+        path = f"{self._root}/{self._names[number]}"
         try:
-            return (self.root / self._names[number]).read_bytes()
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise SampleError(self._names[number], "it is no regular file")  # a pipe would wait for ever
+            with open(path, "rb") as file:
+                return file.read()
         except OSError as error:
+            if error.errno in NOT_THE_SAMPLE:
+                raise
             raise SampleError(self._names[number], reason(error)) from None
 
     def faults(self) -> list[Fault]:
         return []
+
+
+class _Entry(NamedTuple):
+    """A file by its name below the folder, and its class, "" outside of sub-folders."""
+
+    name: str
+    class_name: str
 
 
 def open_folder(root: Path, part: Part) -> FolderSamples:
@@ -58,77 +76,84 @@ def open_folder(root: Path, part: Part) -> FolderSamples:
 
     Classes are the sub-folders of both splits in order, so that labels mean the same in either.
     """
-    everything = all_files(root)
-    entries = everything if part == "all" else split_files(root)[part]
-    if not entries:
-        raise ValueError(f"no images for {part} in {root}: looked for {_extensions()} at any depth")
-    return FolderSamples(root, entries, tuple(sorted({name for _, name in everything})))
-
-
-def split_files(root: Path) -> dict[Split, list[tuple[Path, str]]]:
-    """The image files of both splits in sorted order, each with its class ("" outside of sub-folders)."""
-    _check_folder(root)
-    validation = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
-    if validation is None:
-        files = image_files(root)
-        return _hashed_split(files, root / "train" if _all_below(files, root / "train") else root)
-    base = root / "train" if (root / "train").is_dir() else root
-    training = [file for file in image_files(base) if not file.is_relative_to(validation)]
-    return {
-        "train": [(file, _class_name(file, base)) for file in training],
-        "validation": [(file, _class_name(file, validation)) for file in image_files(validation)],
-    }
-
-
-def all_files(root: Path) -> list[tuple[Path, str]]:
-    """Both splits together, in sorted order; unlike them, of a single image too."""
-    _check_folder(root)
-    files = image_files(root)
-    if len(files) == 1:
-        return [(files[0], _class_name(files[0], root))]
-    return sorted(entry for entries in split_files(root).values() for entry in entries)
-
-
-def _check_folder(root: Path) -> None:
     if not root.exists():
         raise ValueError(f"image folder {root} does not exist; it should hold {_extensions()} files")
     if not root.is_dir():
         raise ValueError(f"{root} is a file; give the folder that holds the {_extensions()} files")
+    names = image_names(root)
+    if part == "all" and len(names) == 1:
+        return FolderSamples(root, [_entry(names[0], "")], (_entry(names[0], "").class_name,))
+    splits = _split(root, names)
+    everything = sorted(entry for entries in splits.values() for entry in entries)
+    entries = everything if part == "all" else splits[part]
+    if not entries:
+        raise ValueError(f"no images for {part} in {root}: looked for {_extensions()} at any depth")
+    classes = {entry.class_name for entry in everything}
+    return FolderSamples(root, entries, tuple(sorted(classes - {""} or classes)))
 
 
-def _hashed_split(files: list[Path], base: Path) -> dict[Split, list[tuple[Path, str]]]:
-    """About a twentieth of the files for validation, at least one and never all."""
-    if len(files) == 1:
-        raise ValueError(f"{base} holds one image only, {files[0].name}; training and validation need two")
-    chosen = held_out(file.relative_to(base).as_posix() for file in files)
-    named = [(file, _class_name(file, base)) for file in files]
+def _split(root: Path, names: list[str]) -> dict[Split, list[_Entry]]:
+    """The files of both splits, in order."""
+    # The folder `test` has labels seldom, and validates where nothing else does.
+    candidates = (*VALIDATION_FOLDERS, *(["test"] if (root / "train").is_dir() else []))
+    validation = next((f"{name}/" for name in candidates if (root / name).is_dir()), None)
+    if validation is None:
+        # Where other folders with images lie beside it, `train` is a class.
+        return _hashed_split(root, names, "train/" if all(n.startswith("train/") for n in names) else "")
+    base = "train/" if (root / "train").is_dir() else ""
+    training = [name for name in names if name.startswith(base) and not name.startswith(validation)]
     return {
-        "train": [entry for entry, out in zip(named, chosen, strict=True) if not out],
-        "validation": [entry for entry, out in zip(named, chosen, strict=True) if out],
+        "train": [_entry(name, base) for name in training],
+        "validation": [_entry(name, validation) for name in names if name.startswith(validation)],
     }
 
 
-def _all_below(files: list[Path], folder: Path) -> bool:
-    """Whether `folder` is the training split itself; beside other folders with images it is a class."""
-    return bool(files) and all(file.is_relative_to(folder) for file in files)
+def _hashed_split(root: Path, names: list[str], base: str) -> dict[Split, list[_Entry]]:
+    """About a twentieth of the files for validation, at least one and never all."""
+    if len(names) == 1:
+        raise ValueError(f"{root} holds one image only, {names[0]}; training and validation need two")
+    chosen = held_out(name[len(base) :] for name in names)
+    entries = [_entry(name, base) for name in names]
+    return {
+        "train": [entry for entry, out in zip(entries, chosen, strict=True) if not out],
+        "validation": [entry for entry, out in zip(entries, chosen, strict=True) if out],
+    }
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Image files at any depth, sorted by relative name; hidden files and folders are left out."""
+def _entry(name: str, base: str) -> _Entry:
+    """`base`: the beginning of the name that leads to the classes."""
+    first, slash, _ = name[len(base) :].partition("/")
+    return _Entry(name, first if slash else "")
+
+
+def image_names(folder: Path) -> list[str]:
+    """Image files at any depth by their names below a folder, sorted; hidden ones are left out."""
 
     def unreadable(error: OSError) -> None:
         raise ValueError(f"cannot list image folder {error.filename}: {error.strerror}") from error
 
-    found: list[Path] = []
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, n) for n in names if not n.startswith(".") and n.lower().endswith(EXTENSIONS)]
-    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+    found: list[str] = []
+    packed: list[str] = []
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".") and not leads_back(parent, name)]
+        below = os.path.relpath(parent, folder).replace(os.sep, "/")
+        before = "" if below == "." else f"{below}/"
+        packed += [before + n for n in files if not n.startswith(".") and n.endswith(PACKED)]
+        found += [before + n for n in files if not n.startswith(".") and n.lower().endswith(EXTENSIONS)]
+    if packed and len(found) <= max(FEW_IMAGES, len(packed)) and found:
+        raise ValueError(
+            f"{folder} holds {len(packed)} tar or parquet files ({packed[0]}) and {len(found)} images"
+            f" ({found[0]}); give a folder or a pattern of the ones, such as"
+            f" {folder}/**/*{Path(packed[0]).suffix}"
+        )
+    return sorted(found)
 
 
-def _class_name(file: Path, base: Path) -> str:
-    parts = file.relative_to(base).parts
-    return parts[0] if len(parts) > 1 else ""
+def leads_back(parent: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in: following it would never end."""
+    path = os.path.join(parent, name)
+    above = os.path.realpath(path) + os.sep
+    return os.path.islink(path) and (os.path.realpath(parent) + os.sep).startswith(above)
 
 
 def _extensions() -> str:
@@ -143,10 +168,10 @@ def list_images(inputs: Sequence[Path]) -> list[tuple[Path, str]]:
     found = []
     for given in inputs:
         if given.is_dir():
-            files = image_files(given)
-            if not files:
+            names = image_names(given)
+            if not names:
                 raise ValueError(f"no images in {given}: looked for {_extensions()} at any depth")
-            found += [(file, file.relative_to(given).as_posix()) for file in files]
+            found += [(given / name, name) for name in names]
         elif given.exists():
             found.append((given, given.name))
         else:

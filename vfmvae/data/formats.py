@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import Progress
 
 from vfmvae.data.folder import open_folder
 from vfmvae.data.huggingface import is_dataset, open_dataset
@@ -24,9 +22,13 @@ def open_samples(path: str, part: Part) -> Samples:
     """
     if is_dataset(path):
         return open_dataset(path, part)
-    if not is_shards(path):
-        return open_folder(Path(path), part)
+    from rich.console import Console  # not needed by those who read batches alone
+    from rich.progress import Progress
+
     console = Console(stderr=True)
+    if not is_shards(path):
+        with console.status(f"listing {path}") if console.is_terminal else nullcontext():
+            return open_folder(Path(path), part)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("indexing shards", total=None, visible=False)
         return open_shards(

@@ -7,7 +7,8 @@ crops in order.
 
 A sample that cannot be read is reported in `faults`. In training its place is taken by another one, drawn
 from (seed, position): batches keep their size, and every sample that can be read is still seen once per
-epoch in its own place. In validation it is left out.
+epoch in its own place. In validation it is left out. A sample that lacks its label cannot be used either, in
+training; elsewhere its label is NO_LABEL.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ class Images:
 
     def _centre(self, number: int) -> _Drawn:
         try:
-            return _Drawn(number, centre_crop(self._use(number, decode), self.resolution), [])
+            image = decode(self.samples.read(number), self.samples.key(number))
+            return _Drawn(number, centre_crop(image, self.resolution), [])
         except SampleError as error:
             return _Drawn(None, None, [error.fault])
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -394,12 +395,12 @@ def channel_statistics(latents: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def hash_of_names(names: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()
 
 
 def pack_names(names: Sequence[str]) -> Tensor:
     """Strings as uint8 [N, L], UTF-8 filled up with zeros."""
-    encoded = [name.encode() for name in names]
+    encoded = [os.fsencode(name) for name in names]
     width = max([1, *(len(name) for name in encoded)])
     padded = b"".join(name.ljust(width, b"\0") for name in encoded)
     return torch.from_numpy(np.frombuffer(padded, dtype=np.uint8).reshape(-1, width).copy())

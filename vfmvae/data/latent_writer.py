@@ -75,7 +75,7 @@ class LatentWriter:
         strangers = sorted(f.name for f in folder.glob("*.safetensors") if f.name not in self._names)
         if strangers:
             raise ValueError(f"{folder} holds other files already ({strangers[0]}); give another folder")
-        index, processes = share
+        self._share = index, processes = share
         self._finished = self._complete()
         self._bad: list[int] = []
         self.missing = []
@@ -99,6 +99,14 @@ class LatentWriter:
     def is_there(self, number: int) -> bool:
         """Whether a shard is there by now; one that was missing before has come from another process."""
         return (self.folder / self._names[number]).exists()
+
+    def lost(self) -> int:
+        """Images that this process's finished shards lack."""
+        index, processes = self._share
+        done = [n for n in range(index, self.settings.shards, processes) if n not in self.missing]
+        shards = (open_shard(self.folder / self._names[n], self.settings) for n in done)
+        planned = sum(len(self.settings.rows(n)) for n in done)
+        return planned - sum(len(shard) for shard in shards)
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Add a shard, unless it is there by now.

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import count
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -29,6 +29,8 @@ def choose_backend(source: ImageSource, backend: Backend, device: torch.device) 
 
     ValueError where DALI is asked for and cannot be used.
     """
+    if backend not in get_args(Backend):
+        raise ValueError(f"unknown data backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
     if backend == "torch":
         return "torch"
     objection = dali.why_not(source, device)
@@ -76,6 +78,8 @@ class _Stream:
     def __init__(self, batch_size: int, rank: int, world_size: int) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} must be from 0 to {world_size - 1}, one below world_size")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size

@@ -7,6 +7,7 @@ import re
 from glob import glob, has_magic
 from pathlib import Path
 
+from vfmvae.data.folder import leads_back
 from vfmvae.data.samples import IMAGE_EXTENSIONS
 
 _IMAGE_FILES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
@@ -78,7 +79,7 @@ def _find(folder: Path, endings: tuple[str, ...]) -> list[str]:
     """Names below `folder` at any depth, hidden files and folders left out."""
     found: list[str] = []
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not leads_back(parent, name)]
         kept = [name for name in names if name.endswith(endings) and not name.startswith(".")]
         found += [Path(parent, name).relative_to(folder).as_posix() for name in kept]
     return sorted(found)
@@ -86,8 +87,8 @@ def _find(folder: Path, endings: tuple[str, ...]) -> list[str]:
 
 def _holds(folder: Path, endings: tuple[str, ...]) -> bool:
     found = False
-    for _, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".") and not leads_back(parent, name)]
         visible = [name for name in names if not name.startswith(".")]
         if any(name.lower().endswith(_IMAGE_FILES) for name in visible):
             return False

@@ -6,6 +6,8 @@ same one, so that work can be cut into pieces and taken up again.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from vfmvae.data.formats import open_samples
@@ -85,6 +87,19 @@ class PhotographsInOrder:
 
     def _name(self, number: int) -> str:
         return f"{self._photographs.split}/{number:06d}"
+
+
+def batches_ahead(source: OrderedImages, rows: range, batch_size: int) -> Generator[ImageBatch, None, None]:
+    """The images of `rows` in batches; the next one is read while one is used."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read") as reader:
+        ahead: Future[ImageBatch] | None = None
+        for start in range(rows.start, rows.stop, batch_size):
+            following = reader.submit(source.read, start, min(start + batch_size, rows.stop))
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+        if ahead is not None:
+            yield ahead.result()
 
 
 def open_in_order(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ class PackedStrings:
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> PackedStrings:
-        encoded = [string.encode() for string in strings]
+        encoded = [os.fsencode(string) for string in strings]
         ends = np.cumsum([len(string) for string in encoded], dtype=np.int64)
         return cls.split(np.frombuffer(b"".join(encoded), np.uint8), ends)
 
@@ -40,12 +41,12 @@ class PackedStrings:
         return len(self.ends)
 
     def __getitem__(self, number: int) -> str:
-        return self.text[self.starts[number] : self.ends[number]].tobytes().decode()
+        return os.fsdecode(self.text[self.starts[number] : self.ends[number]].tobytes())
 
     def __iter__(self) -> Iterator[str]:
         text = self.text.tobytes()
         for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True):
-            yield text[start:end].decode()
+            yield os.fsdecode(text[start:end])
 
     def take(self, rows: np.ndarray) -> PackedStrings:
         """The strings of these numbers; the text is shared."""

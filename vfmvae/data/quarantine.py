@@ -25,16 +25,18 @@ def check_share(most: float) -> None:
 class Quarantine:
     """Faults of a data set of `images` samples, of which a share of `most` may be broken.
 
-    What earlier runs of the same folder have written stays in the list and does not count: it may be mended.
-    Without a `path` nothing is written (ranks beside the first).
+    What earlier runs of the same folder have written stays in the list and does not count, as it may be
+    mended; `lost` samples count that are missing for good. Without a `path` nothing is written (ranks beside
+    the first).
     """
 
-    def __init__(self, path: Path | None, images: int, most: float) -> None:
+    def __init__(self, path: Path | None, images: int, most: float, lost: int = 0) -> None:
         self.path = path
         self.images = images
         self.most = most
         self.found: dict[Fault, None] = {}
         self._written = _listed(path) if path is not None else set()
+        self._lost = lost
 
     def add(self, faults: Iterable[Fault]) -> list[Fault]:
         """Note faults; returns those that are new to this process. OSError if the list cannot be written."""
@@ -53,7 +55,7 @@ class Quarantine:
     def check(self) -> None:
         """ValueError if more samples are broken than may be."""
         limit = int(self.images * self.most)
-        broken = len({fault.key for fault in self.found})
+        broken = self._lost + len({fault.key for fault in self.found})
         if broken <= limit:
             return
         first = [f"{key} ({reason})" for key, reason in list(self.found)[:SHOWN]]
@@ -61,7 +63,7 @@ class Quarantine:
         where = f"; the whole list is {self.path}" if self.path is not None else ""
         raise ValueError(
             f"{broken} of {self.images:,} images cannot be used, and max_broken {self.most:g} allows"
-            f" {limit}: {', '.join(first)}{more}{where}; repair or remove them, or allow more"
+            f" {limit}: {', '.join(first)}{more}{where}; mend them, or allow more"
         )
 
 

@@ -6,11 +6,14 @@ set. In what order samples are seen, how they are decoded and cut is decided els
 
 from __future__ import annotations
 
+import errno
 from typing import Literal, NamedTuple, Protocol
 
 Part = Literal["train", "validation", "all"]
 """Which of a data set's samples: a split, or both."""
 NO_LABEL = -1
+NOT_THE_SAMPLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of this process or machine, and not of a file."""
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
 """Files that are images, in any case; a sample with several is shown by the first in this order."""
 

@@ -44,7 +44,8 @@ class CropConfig:
 
 PUBLISHED_CROPS = CropConfig()
 CENTRE_CROP = "centre crop of ADM: box halvings, then bicubic"
-"""What `centre_crop` does, for those who find its results."""
+"""What `centre_crop` does, as it is noted beside results."""
+LONGEST = 8  # sides of an image, in short sides, that a centre crop looks at
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -75,6 +76,8 @@ def _sixteen_bit_as_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(
             f"values {values.min()} to {values.max()} are beyond 16 bits; convert it to 8-bit RGB first"
         )
+    if 0 < values.max() <= 255:
+        raise ValueError(f"values up to {values.max()} of 65535 would be black: store these 8 bits as 8 bits")
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
@@ -93,6 +96,11 @@ def centre_crop(image: Image.Image, resolution: int) -> np.ndarray:
     Halved by box filters while the short side is at least twice the resolution, then resized to it with a
     bicubic filter, then cut (Dhariwal and Nichol, arXiv 2105.05233). What generation is measured on.
     """
+    longest = LONGEST * min(image.size)
+    if max(image.size) > longest:  # a strip would be resized in whole, to millions of pixels
+        width, height = min(image.width, longest), min(image.height, longest)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)

@@ -11,7 +11,6 @@ splits apart, a twentieth of the samples is held out by a hash of their keys.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections import OrderedDict
@@ -25,7 +24,7 @@ import numpy as np
 from vfmvae.atomic import reason
 from vfmvae.data.named_files import means_files, named_files
 from vfmvae.data.packed import PackedStrings
-from vfmvae.data.samples import NO_LABEL, Fault, Part, SampleError
+from vfmvae.data.samples import NO_LABEL, NOT_THE_SAMPLE, Fault, Part, SampleError
 from vfmvae.data.shard_index import ShardIndex, build_index, load_index, store_index, unreadable_shard
 from vfmvae.data.splits import check_part, divide, hashed_rows
 
@@ -35,8 +34,6 @@ OPEN_SHARDS = 64
 """Files that a process keeps open; a process may have 1024 by default."""
 INDEX_THREADS = 8
 CLASS_NAMES = ("classes.txt", "classnames.txt")
-# What is wrong with this process or machine, and not with a sample.
-NOT_THE_SAMPLE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class ShardSamples:
@@ -84,9 +81,8 @@ class ShardSamples:
         name = self._shards[shard]
         try:
             file = self._files.get(self._root / name)
-            if (
-                file.bytes != self._bytes[shard]
-            ):  # not the time, as some touch files to keep them from a purge
+            # Not the time, as some touch files to keep them from a purge.
+            if file.bytes != self._bytes[shard]:
                 raise SampleError(self.key(number), f"shard {name} has changed since its data were opened")
             image = _read(file.descriptor, offset, size)
         except (FileNotFoundError, NotADirectoryError):

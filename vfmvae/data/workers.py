@@ -6,9 +6,11 @@ run sees.
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Generic, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
@@ -26,10 +28,10 @@ class _Pieces(Dataset, Generic[R, T]):
     def __init__(self, read: Callable[[R], T]) -> None:
         self.read = read
 
-    def __getitem__(self, request: R) -> T | ValueError:
+    def __getitem__(self, request: R) -> T | ValueError | OSError:
         try:
             return self.read(request)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return error
 
 
@@ -43,8 +45,9 @@ def read_ahead(
         workers: reading processes; 0 reads in this one.
         pin: tensors in page-locked memory, from which copies to a GPU do not block.
 
-    Close it where it is not read to its end, which ends the workers. Raises ValueError where `read` did, and
-    RuntimeError where a piece is awaited from a worker that has died (`worker_deaths`).
+    Close it where it is not read to its end, which ends the workers. Raises ValueError and
+    OSError where `read` did, and RuntimeError where a piece is awaited from a worker that has died
+    (`worker_deaths`).
     """
     loader: DataLoader = DataLoader(
         _Pieces(read),
@@ -66,13 +69,22 @@ def read_ahead(
         # which nothing could be kept. Without it the death is noticed where the worker's piece is awaited.
         if signal.getsignal(signal.SIGCHLD) is not on_death:
             signal.signal(signal.SIGCHLD, on_death or signal.SIG_DFL)
+    # At the end of the program multiprocessing would ask them to end, which they do not hear, and wait.
+    at_exit = partial(_kill_workers, pieces)
+    atexit.register(at_exit)
     try:
         for piece in pieces:
-            if isinstance(piece, ValueError):
+            if isinstance(piece, ValueError | OSError):
                 raise piece
             yield piece
     finally:
-        del pieces  # ends the workers, though a traceback may keep this frame
+        atexit.unregister(at_exit)
+        del at_exit, pieces  # ends the workers, though a traceback may keep this frame
+
+
+def _kill_workers(pieces: object) -> None:
+    for worker in getattr(pieces, "_workers", ()):
+        worker.kill()
 
 
 @contextmanager

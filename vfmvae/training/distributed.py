@@ -24,6 +24,8 @@ TIMEOUT = timedelta(minutes=10)
 
 One that dies is noticed at once: its connections close, and torchrun ends the others on its machine.
 """
+LONG = timedelta(days=1)
+"""The same for what is done once for all ranks, such as converting a data set."""
 # What gloo and NCCL say when another process does not answer any more.
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "ncclRemoteError")
 
@@ -98,6 +100,21 @@ def barrier() -> None:
     """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def first_rank_first() -> Iterator[None]:
+    """What is inside is done by rank 0 before the others begin, who wait for hours if it takes them."""
+    if world_size() == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=LONG)
+    assert isinstance(group, dist.ProcessGroup)
+    if rank() > 0:
+        dist.barrier(group)
+    yield
+    if rank() == 0:
+        dist.barrier(group)
 
 
 def mean_over_ranks(*tensors: Tensor) -> None:
