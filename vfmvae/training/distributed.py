@@ -7,6 +7,7 @@ One process without torchrun needs no process group, and none is made.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ TIMEOUT = timedelta(minutes=10)
 
 One that dies is noticed at once: its connections close, and torchrun ends the others on its machine.
 """
+_turns = itertools.count()
 LONG = timedelta(days=1)
 """The same for what is done once for all ranks, such as converting a data set."""
 # What gloo and NCCL say when another process does not answer any more.
@@ -108,13 +110,14 @@ def first_rank_first() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    group = dist.new_group(backend="gloo", timeout=LONG)
-    assert isinstance(group, dist.ProcessGroup)
+    # By the store that the processes met at. A barrier gives up after TIMEOUT, and one more process group
+    # makes leaving slower than torchrun's patience with those whose peer has died.
+    store, key = dist.distributed_c10d._get_default_store(), f"vfmvae/first_rank_first/{next(_turns)}"
     if rank() > 0:
-        dist.barrier(group)
+        store.wait([key], LONG)
     yield
     if rank() == 0:
-        dist.barrier(group)
+        store.set(key, "done")
 
 
 def mean_over_ranks(*tensors: Tensor) -> None:
