@@ -5,9 +5,9 @@ positions as everywhere; DALI decodes what the window needs of each image, resiz
 filter and mirrors it. DALI's own readers are not used: they shuffle within a buffer and cannot be put at a
 position, and one damaged file ends them.
 
-On a CPU the pictures are Pillow's but for half a grey level on average (tests/data/test_dali.py). What DALI would not
-decode alike (CMYK, 16 bits, palettes, turned photographs) Pillow decodes beforehand, and a batch that DALI
-refuses is read by Pillow, which says which image is to blame.
+On a CPU the pictures are Pillow's but for half a grey level on average (tests/data/test_dali.py). What DALI
+would not decode alike (CMYK, 16 bits, palettes, turned photographs) Pillow decodes beforehand, and a batch
+that DALI refuses is read by Pillow, which says which image is to blame.
 """
 
 from __future__ import annotations
