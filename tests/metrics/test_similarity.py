@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vfmvae.metrics import similarity
-from vfmvae.metrics.similarity import clamp_and_normalise, cknna
+from vfmvae.metrics.similarity import cknna, clamp_and_normalise
 
 
 @pytest.mark.parametrize("block", [512 * 100, similarity.BLOCK], ids=["six blocks", "one block"])

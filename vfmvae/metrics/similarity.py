@@ -87,7 +87,7 @@ class _Pairs(NamedTuple):
 
 
 def _neighbour_pairs(a: Tensor, b: Tensor, k: int, own: bool) -> tuple[_Pairs, _Pairs, _Pairs]:
-    """Similarities where a has a neighbour (with themselves), where b has one, and of both where both have."""
+    """Where a has neighbours (its similarities twice), where b has, and where both have (one of each)."""
     found: tuple[list[_Pairs], ...] = ([], [], [])
     rows = max(1, BLOCK // len(a))
     for start in range(0, len(a), rows):
