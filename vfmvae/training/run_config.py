@@ -19,8 +19,8 @@ class RunConfig:
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     log: LogConfig = field(default_factory=LogConfig)
     data: str | None = None
-    """Image folder, tar shards, saved data set or parquet (docs/data.md), or the name of an embedded source;
-    if not given, the embedded photographs."""
+    """Image folder, tar shards, saved data set or parquet (docs/data.md), or scenes for drawn images; if not
+    given, the embedded photographs."""
     data_backend: Backend = "auto"
     """What decodes: dali, torch (Pillow in the workers), or auto: dali where it is installed and applies."""
     workers: int = 0
