@@ -33,7 +33,7 @@ from vfmvae.encoders.fp8 import use_fp8
 from vfmvae.images import to_uint8, to_unit
 from vfmvae.losses.perceptual import perceptual_network
 from vfmvae.metrics.reconstruction import lpips, psnr, ssim
-from vfmvae.tokenizer import Tokenizer, load
+from vfmvae.tokenizer import Tokenizer, load_tokenizer
 from vfmvae.training.device import pick_device, set_precision
 from vfmvae.training.regions import compile_blocks
 
@@ -45,7 +45,7 @@ def main() -> None:
     device = pick_device(options.device)
     set_precision(deterministic=True)
     if options.tokenizer:
-        tokenizer = load(options.tokenizer, device).requires_grad_(False)
+        tokenizer = load_tokenizer(options.tokenizer, device).requires_grad_(False)
         encoder, pixels = tokenizer.encoder, tokenizer.config.resolution
     else:
         weights = None if options.random else "pretrained"

@@ -33,7 +33,7 @@ LAYERS = (
 LAYER_OF = {area: number for number, areas in enumerate(LAYERS) for area in areas}
 ENTRY = len(LAYERS)
 # Small modules without a dependency inside the package; every layer may use them.
-FOUNDATION = {"atomic", "images", "serialization"}
+FOUNDATION = {"atomic", "deferred", "images", "model_files", "serialization", "weights"}
 SIBLINGS = {("tokenizer", "encoders"), ("discriminators", "encoders"), ("recipes", "config")}
 # Names of fast code, which only ops/ may say. The doctor says them to report what is there.
 FAST = ("vfmvae.kernels", "vfmvae._C", "triton")

@@ -19,12 +19,12 @@ from torch import Tensor
 from tests.tiny_runs import ALL_LOSSES, stage, tiny
 from vfmvae.config import TrainConfig
 from vfmvae.discriminators import PatchDiscriminator
-from vfmvae.tokenizer.files import read_safetensors
 from vfmvae.training.checkpoint_folder import checkpoints, step_of
 from vfmvae.training.ema import EmaConfig
 from vfmvae.training.rates import PartRate
 from vfmvae.training.run_folder import RunFolder
 from vfmvae.training.stages import LossWeights, StageConfig
+from vfmvae.weights import read_safetensors
 
 EVERYTHING = ("encoder", "fusion", "bottleneck", "align", "decompress", "style", "decoder")
 DECODER = ("decompress", "style", "decoder")

@@ -11,18 +11,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vfmvae.tokenizer import Tokenizer, TokenizerConfig, load
+    from vfmvae.diffusion import DiffusionTransformer, TransformerConfig
+    from vfmvae.saved import load
+    from vfmvae.tokenizer import Tokenizer, TokenizerConfig
     from vfmvae.tokenizer.diffusers_adapter import diffusers_autoencoder
 
 __version__ = "0.1.0"
 
-__all__ = ["Tokenizer", "TokenizerConfig", "__version__", "diffusers_autoencoder", "load"]
+__all__ = [
+    "DiffusionTransformer",
+    "Tokenizer",
+    "TokenizerConfig",
+    "TransformerConfig",
+    "__version__",
+    "diffusers_autoencoder",
+    "load",
+]
 
 # Resolved on first use: `import vfmvae` alone stays fast and needs nothing but Python.
 _HOME = {
     "Tokenizer": "vfmvae.tokenizer",
     "TokenizerConfig": "vfmvae.tokenizer",
-    "load": "vfmvae.tokenizer",
+    "DiffusionTransformer": "vfmvae.diffusion",
+    "TransformerConfig": "vfmvae.diffusion",
+    "load": "vfmvae.saved",
     "diffusers_autoencoder": "vfmvae.tokenizer.diffusers_adapter",
 }
 

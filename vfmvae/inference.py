@@ -20,7 +20,7 @@ from vfmvae.atomic import write_atomically
 from vfmvae.cli import UsageError, usage
 from vfmvae.data.folder import EXTENSIONS
 from vfmvae.images import to_uint8
-from vfmvae.tokenizer import Tokenizer, load
+from vfmvae.tokenizer import Tokenizer, load_tokenizer
 from vfmvae.training.device import compute_dtype, pick_device, set_precision
 from vfmvae.training.run_folder import RUNS, RunFolder
 
@@ -53,7 +53,7 @@ def open_tokenizer(options: ModelOptions, console: Console) -> tuple[str, Tokeni
         device = pick_device(options.device)
     if device.type == "cuda":
         set_precision(deterministic=True)
-    tokenizer = load(name, device).requires_grad_(False)
+    tokenizer = load_tokenizer(name, device).requires_grad_(False)
     tokenizer.compute_dtype = compute_dtype(options.dtype, device)
     config = tokenizer.config
     say(

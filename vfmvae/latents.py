@@ -36,8 +36,8 @@ from vfmvae.data.latent_folder import (
 from vfmvae.data.latent_import import LightningDiTFolder, RepaFolder, joined
 from vfmvae.data.latent_writer import LatentWriter
 from vfmvae.data.latents import Latents
-from vfmvae.encoders.weights import read_content
 from vfmvae.inference import progress, say
+from vfmvae.weights import read_content
 
 CHUNK = 256
 SOURCES: dict[str, Callable[[Path], LightningDiTFolder | RepaFolder]] = {

@@ -30,9 +30,9 @@ from vfmvae.data import worker_deaths
 from vfmvae.data.dali import why_not as why_not_dali
 from vfmvae.data.quarantine import Quarantine
 from vfmvae.encoders.base import feature_dtype
+from vfmvae.model_files import write_state
 from vfmvae.ops import attention_choices
 from vfmvae.serialization import to_json
-from vfmvae.tokenizer.files import write_state
 from vfmvae.train_arguments import parse_arguments
 from vfmvae.train_graphs import recorded_steps
 from vfmvae.train_job import Job

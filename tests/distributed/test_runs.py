@@ -22,10 +22,10 @@ from tests.distributed.runs import DYING_STEP, HALF, STEPS, run_config
 from tests.tiny_runs import largest_difference
 from vfmvae.data import open_data
 from vfmvae.serialization import to_json
-from vfmvae.tokenizer.files import read_safetensors
 from vfmvae.train import train
 from vfmvae.training.checkpoint_folder import checkpoints, path_of, step_of
 from vfmvae.training.run_folder import RunFolder
+from vfmvae.weights import read_safetensors
 
 A_MINUTE = 60  # seconds, from the death of a process to the end of the others
 HANGS = 600

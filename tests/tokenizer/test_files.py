@@ -89,7 +89,7 @@ def test_a_failed_save_keeps_the_old_files(
         Path(partial).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vfmvae.tokenizer.files.save_file", full_disk)
+    monkeypatch.setattr("vfmvae.model_files.save_file", full_disk)
     tokenizer.align.weight.data.fill_(3.0)
     with pytest.raises(OSError, match="could not write .*model.safetensors.*No space left on device"):
         tokenizer.save(path)

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from vfmvae.encoders.weights import read_content
 from vfmvae.serialization import read_json
+from vfmvae.weights import read_content
 
 GENERATORS = ("G_ema", "G")
 """Where a published training checkpoint keeps the generator, in order of preference."""

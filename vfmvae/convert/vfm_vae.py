@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vfmvae.convert.vfm_vae_config import check_encoder_widths, tokenizer_config
-from vfmvae.encoders.deferred import fill, without_parameters
+from vfmvae.deferred import fill, without_parameters
 from vfmvae.ops.resample import BINOMIAL_ROWS
 from vfmvae.tokenizer import Tokenizer, TokenizerConfig
 from vfmvae.tokenizer.decoder import NUM_BLOCKS, DecoderConfig

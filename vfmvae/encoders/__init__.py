@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vfmvae.deferred import fill, without_parameters
 from vfmvae.encoders.base import EncoderConfig, Features, FrozenEncoder, Preprocessing, ViTConfig
-from vfmvae.encoders.deferred import fill, without_parameters
 from vfmvae.encoders.hf_weights import (
     convert_clip,
     convert_dinov2,
@@ -26,7 +26,7 @@ from vfmvae.encoders.hf_weights import (
 )
 from vfmvae.encoders.qwen_vl import QwenEncoder, QwenFamily
 from vfmvae.encoders.timm_vit import TimmEncoder, TimmFamily, hub_repository
-from vfmvae.encoders.weights import read_hub_weights, read_weights
+from vfmvae.weights import read_hub_weights, read_weights
 
 __all__ = ["ENCODERS", "EncoderConfig", "Features", "FrozenEncoder", "ViTConfig", "build_encoder"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vfmvae import ops
 from vfmvae.encoders.base import EncoderConfig, FrozenEncoder, Preprocessing, ViTConfig
-from vfmvae.encoders.weights import check_names
+from vfmvae.weights import check_names
 
 OWN_PREFIX = "tower."
 _WINDOW_PX = 112

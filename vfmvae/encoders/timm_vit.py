@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vfmvae.encoders.base import EncoderConfig, FrozenEncoder, Preprocessing, ViTConfig
 from vfmvae.encoders.timm_attention import use_ops_attention
-from vfmvae.encoders.weights import check_names
+from vfmvae.weights import check_names
 
 OWN_PREFIX = "trunk."
 # In checkpoints of the same models for other purposes: classifiers and pretraining heads.

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from vfmvae import ops
 from vfmvae.encoders import EncoderConfig, FrozenEncoder, build_encoder
 from vfmvae.encoders.base import without_autocast
-from vfmvae.encoders.weights import check_names, read_hub_weights, read_weights
 from vfmvae.images import check_image_shape, to_unit
+from vfmvae.weights import check_names, read_hub_weights, read_weights
 
 PerceptualName = Literal["lpips-vgg", "mini"]
 

@@ -2,7 +2,7 @@
 
 from vfmvae.tokenizer.bottleneck import BottleneckConfig, DiscretePosterior, Posterior
 from vfmvae.tokenizer.decoder import DecoderConfig
-from vfmvae.tokenizer.files import load
+from vfmvae.tokenizer.files import load_tokenizer
 from vfmvae.tokenizer.fusion import FusionConfig
 from vfmvae.tokenizer.model import AlignmentConfig, Tokenizer, TokenizerConfig, TokenizerOutput
 
@@ -16,5 +16,5 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerOutput",
-    "load",
+    "load_tokenizer",
 ]

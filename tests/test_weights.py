@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vfmvae.encoders import EncoderConfig, FrozenEncoder, ViTConfig, build_encoder, weights
+from vfmvae import weights
+from vfmvae.encoders import EncoderConfig, FrozenEncoder, ViTConfig, build_encoder
 from vfmvae.encoders.hf_weights import convert_clip, convert_siglip
 
 TINY = ViTConfig(width=16, depth=2, heads=2, patch_size=8, image_size=32, mlp_width=24)

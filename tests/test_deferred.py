@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import vfmvae
 from tests.tokenizer.tiny import DISCRETE, tiny_config
+from vfmvae.deferred import fill, without_parameters
 from vfmvae.encoders import ENCODERS, EncoderConfig, ViTConfig, build_encoder
-from vfmvae.encoders.deferred import fill, without_parameters
 from vfmvae.tokenizer import Tokenizer, TokenizerConfig
 
 VIT = ViTConfig(width=32, depth=4, heads=2, patch_size=14, image_size=56, mlp_width=48)
