@@ -15,7 +15,6 @@ from vfmvae.diffusion.flow import (
     TimeConfig,
     dimension_shift,
     path_point,
-    reverse_time,
     shifted,
     times,
 )
@@ -118,12 +117,3 @@ def test_the_dimension_shift() -> None:
 def test_values_that_no_config_can_have(given: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TimeConfig(**given)  # type: ignore[arg-type]
-
-
-def test_reversed_twice_is_the_same() -> None:
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return x * t[:, None]
-
-    x, t = torch.ones(2, 1), torch.tensor([0.25, 1.0])
-    assert reverse_time(velocity)(x, t).flatten().tolist() == [-0.75, 0.0]
-    assert reverse_time(reverse_time(velocity))(x, t).equal(velocity(x, t))

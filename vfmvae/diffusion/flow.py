@@ -124,8 +124,3 @@ def path_point(data: Tensor, noise: Tensor, t: Tensor, path: Path = "linear") ->
         return PathPoint((1 - t) * data + t * noise, noise - data)
     alpha, sigma = (math.pi / 2 * t).cos(), (math.pi / 2 * t).sin()
     return PathPoint(alpha * data + sigma * noise, math.pi / 2 * (alpha * noise - sigma * data))
-
-
-def reverse_time(velocity: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A velocity of the other convention, t = 1 is data (SiT, LightningDiT), as one of ours; and back."""
-    return lambda x, t: -velocity(x, 1 - t)
