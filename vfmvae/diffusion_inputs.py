@@ -49,6 +49,8 @@ class Source(Protocol):
     images: int
     """In all, held-out ones included."""
     training_images: int
+    tokenizer: Tokenizer | None
+    """What decodes latents."""
     tokenizer_hash: str | None
     """None where that is not known, or where there is no tokenizer."""
 

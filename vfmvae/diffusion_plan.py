@@ -25,15 +25,15 @@ def describe(config: DiffusionConfig, console: Console) -> None:
             f"stage {stage.name}: {stage.images:,} images, {updates:,} updates",
             f"  losses  {terms}",
             f"  times   {stage.time.law}, {stage.path} path, labels dropped {stage.label_dropout:g}",
-            f"  rate    {stage.optimizer.learning_rate:g} ({stage.optimizer.kind}, {stage.optimizer.schedule})",
+            f"  rate    {stage.optimizer.learning_rate:g}, {stage.optimizer.schedule} ({stage.optimizer.kind})",
         ]
     where = f"latents of {config.latents}" if config.latents else f"images of {config.data}"
     lines += [
         f"{plan.steps:,} updates of {config.batch_size} images in all, on {where}",
-        f"model: {parameters / 1e6:.1f} M parameters, {model.depth} blocks of width {model.width}, {model.tokens}"
-        f" tokens of latents {model.channels} x {model.latent_size} x {model.latent_size}",
-        f"memory: {parameters * BYTES_PER_PARAMETER / GIB:.1f} GiB for weights, gradients, moments and averages,"
-        f" beside the graphs of {at_once} images computed at once",
+        f"model: {parameters / 1e6:.1f} M parameters, {model.depth} blocks of width {model.width},"
+        f" {model.tokens} tokens of latents {model.channels} x {model.latent_size} x {model.latent_size}",
+        f"memory: {parameters * BYTES_PER_PARAMETER / GIB:.1f} GiB for weights, gradients, moments and"
+        f" averages, beside the graphs of {at_once} images computed at once",
     ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

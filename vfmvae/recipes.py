@@ -9,7 +9,7 @@ and of diffusion models (`python -m vfmvae.train_diffusion`), which need latents
 
 | recipe | what | expected |
 |---|---|---|
-| diffusion_demo | a small REPA SiT on the pixels of procedural scenes | shapes and colours in minutes on a CPU |
+| diffusion_demo | a small REPA SiT on the pixels of procedural scenes | shapes in minutes on a CPU |
 | vfm_vae_reg_xl | REG SiT-XL/1 on latents of vfm_vae_siglip2_large, 80 epochs | gFID 2.22 (published) |
 | vfm_vae_lightningdit_xl | LightningDiT-XL/1 on the same, 64 epochs | gFID 3.80, guided 2.16 (published) |
 | vfm_vae_lightningdit_xl_long | the same for 560 epochs | |

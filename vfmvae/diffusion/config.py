@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from vfmvae.serialization import check_fields, check_lowest
 
@@ -92,7 +92,7 @@ class TransformerConfig:
         return self.grid**2 + (self.class_token_width is not None)
 
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "B": {"depth": 12, "width": 768, "heads": 12, "alignment_depth": 4},
     "L": {"depth": 24, "width": 1024, "heads": 16, "alignment_depth": 8},
     "XL": {"depth": 28, "width": 1152, "heads": 16, "alignment_depth": 8},

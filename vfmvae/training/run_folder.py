@@ -16,8 +16,8 @@ RUNS = Path("runs")
 
 
 class RunFolder:
-    """The files of a run: config.json, metrics.jsonl, checkpoints/, model.safetensors, reconstructions.png or samples.png,
-    quarantine.jsonl.
+    """The files of a run: config.json, metrics.jsonl, checkpoints/, model.safetensors, quarantine.jsonl, and
+    reconstructions.png or samples.png.
     """
 
     def __init__(self, path: Path, module: str = "vfmvae.train") -> None:
