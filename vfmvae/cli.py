@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 COMMANDS = {
     "train": "train a tokenizer",
+    "train_diffusion": "train a diffusion transformer on latents",
     "reconstruct": "images through a tokenizer and back, side by side",
     "encode": "images to shards of latents, for diffusion models",
     "latents": "check and describe shards of latents, or import those of others",

@@ -241,8 +241,9 @@ class ImageInputs:
         if self.tokenizer is None:
             return torch.zeros(3), torch.ones(3)
         count, size = self.config.statistics_images, 32
-        total: Tensor | float = 0.0
-        squares: Tensor | float = 0.0
+        total, squares = torch.zeros(
+            2, self.config.diffusion.channels, dtype=torch.float64, device=self.device
+        )
         seen = 0
         for number, batch in enumerate(
             islice(self.batches(range(-(-count // size)), size), -(-count // size))
@@ -254,7 +255,6 @@ class ImageInputs:
             seen += latents.numel() // latents.shape[1]
         mean = total / seen
         std = (squares / seen - mean.square()).clamp_min(0).sqrt()
-        assert isinstance(mean, Tensor) and isinstance(std, Tensor)
         if not mean.isfinite().all() or not (std > 0).all():
             raise ValueError(
                 f"the latents of {self.config.tokenizer} on {self.name} are not finite, or a channel does not"

@@ -55,7 +55,7 @@ class Attention(nn.Module):
 def _qk_norm(norm: nn.Module | None) -> ops.QKNorm | None:
     if isinstance(norm, nn.LayerNorm):
         return ops.QKNorm(norm.weight, norm.bias, norm.eps, "layer")
-    return None if norm is None else ops.QKNorm(norm.weight, None, NORM_EPS, "rms")
+    return ops.QKNorm(norm.weight, None, NORM_EPS, "rms") if isinstance(norm, RMSNorm) else None
 
 
 class MLP(nn.Module):
