@@ -1,4 +1,6 @@
-"""geglu: the reference, the choice, and what the kernels need; check_gated.py holds the kernels' numbers."""
+"""geglu and swiglu: the references, the choice, and what the kernels need; check_gated.py holds the kernels'
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers import compile_triton_for_hopper, run_python
-from vfmvae.ops import geglu
+from vfmvae.ops import geglu, swiglu, swiglu_halves
 
 
 def test_reference_is_the_published_formula() -> None:
@@ -16,6 +18,9 @@ def test_reference_is_the_published_formula() -> None:
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
     expected = 0.5 * gate * (1 + torch.tanh(inner)) * value
     torch.testing.assert_close(geglu(gate, value, fused=False), expected)
+    silu = gate / (1 + torch.exp(-gate))
+    torch.testing.assert_close(swiglu(gate, value, fused=False), silu * value)
+    torch.testing.assert_close(swiglu_halves(torch.cat([gate, value]), fused=False), silu * value)
 
 
 def test_kernel_in_the_interpreter() -> None:

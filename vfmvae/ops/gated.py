@@ -1,4 +1,6 @@
-"""The gated activation of the fusion blocks: GEGLU (Shazeer, arXiv 2002.05202) with the tanh form of GELU."""
+"""Gated activations (Shazeer, arXiv 2002.05202): GEGLU with the tanh form of GELU, of the fusion blocks, and
+SwiGLU, of diffusion transformers.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +31,48 @@ def geglu(gate: Tensor, value: Tensor, *, fused: Fused = True) -> Tensor:
     Raises:
         ValueError: where shapes, dtypes or devices differ.
     """
+    _check(gate, value)
+    return _GEGLU(fused, gate, value)
+
+
+def geglu_reference(gate: Tensor, value: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * value
+
+
+def swiglu(gate: Tensor, value: Tensor, *, fused: Fused = True) -> Tensor:
+    """silu(gate) * value, elementwise; arguments, result and errors as of `geglu`."""
+    _check(gate, value)
+    return _SWIGLU(fused, gate, value)
+
+
+def swiglu_reference(gate: Tensor, value: Tensor) -> Tensor:
+    return F.silu(gate) * value
+
+
+def swiglu_halves(both: Tensor, *, fused: Fused = True) -> Tensor:
+    """`swiglu` of the halves of both [..., 2C], gate before value: [..., C].
+
+    The gradient of "triton" is written as one tensor; that of two halves would have to be put together.
+
+    Raises:
+        ValueError: an odd number of channels.
+    """
+    if both.ndim == 0 or both.shape[-1] % 2:
+        raise ValueError(f"both is {list(both.shape)}; it must be [..., 2C]")
+    return _SWIGLU_HALVES(fused, both)
+
+
+def swiglu_halves_reference(both: Tensor) -> Tensor:
+    return swiglu_reference(*both.chunk(2, dim=-1))
+
+
+def _check(gate: Tensor, value: Tensor) -> None:
     if gate.shape != value.shape:
         raise ValueError(f"gate {list(gate.shape)} and value {list(value.shape)} differ in shape")
     if gate.dtype != value.dtype or gate.device != value.device:
         raise ValueError(
             f"gate ({gate.dtype} on {gate.device}) and value ({value.dtype} on {value.device}) differ"
         )
-    return _GEGLU(fused, gate, value)
-
-
-def geglu_reference(gate: Tensor, value: Tensor) -> Tensor:
-    return F.gelu(gate, approximate="tanh") * value
 
 
 def _run(gate: Tensor, value: Tensor) -> Tensor:
@@ -119,3 +152,5 @@ def _why_not_triton(gate: Tensor, value: Tensor) -> str | None:
 
 
 _GEGLU = Op("geglu", geglu_reference, (Implementation("triton", _geglu_triton, _why_not_triton),))
+_SWIGLU = Op("swiglu", swiglu_reference)
+_SWIGLU_HALVES = Op("swiglu_halves", swiglu_halves_reference)

@@ -1,0 +1,109 @@
+"""norm_modulate and gated_residual: references, checks of arguments, and what the kernels need;
+check_modulation.py holds the kernels' numbers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.agreement import assert_agrees
+from vfmvae import ops
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x, shift, scale, weight, branch; shift and scale are columns of one tensor."""
+    x, branch = torch.randn(2, 3, 5, 6, dtype=dtype).unbind()
+    shift, scale = torch.randn(3, 12, dtype=dtype).chunk(2, dim=1)
+    return [x, shift, scale, torch.randn(6, dtype=dtype), branch]
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_norm_modulate_is_the_formula_at_every_token(norm: str, weighted: bool, shifted: bool) -> None:
+    x, shift, scale, weight, _ = inputs()
+    given = (shift if shifted else None, scale, weight if weighted else None)
+    y = ops.norm_modulate(x, *given, norm=norm, eps=0.1, fused=False)
+    for sample in range(3):
+        for token in range(5):
+            row = x[sample, token]
+            if norm == "layer":
+                row = (row - row.mean()) / (row.var(correction=0) + 0.1).sqrt()
+            else:
+                row = row / (row.square().mean() + 0.1).sqrt()
+            expected = row * (weight if weighted else 1) * (1 + scale[sample])
+            torch.testing.assert_close(y[sample, token], expected + (shift[sample] if shifted else 0))
+
+
+def test_gated_residual_is_the_formula_at_every_token() -> None:
+    x, gate, _, _, branch = inputs()
+    y = ops.gated_residual(x, gate, branch, fused=False)
+    for sample in range(3):
+        for token in range(5):
+            torch.testing.assert_close(
+                y[sample, token], x[sample, token] + gate[sample] * branch[sample, token]
+            )
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_agrees_on_the_cpu(norm: str) -> None:
+    x, shift, scale, weight, branch = inputs()
+
+    def modulate(*tensors: Tensor, fused: bool) -> Tensor:
+        return ops.norm_modulate(*tensors, norm=norm, fused=fused)
+
+    assert_agrees(modulate, [x, shift, scale, weight])
+    assert_agrees(ops.gated_residual, [x, shift, branch])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_are_of_the_tokens_dtype_and_gradients_of_their_own(
+    dtype: torch.dtype, autocast: bool
+) -> None:
+    x, shift, scale, weight, branch = inputs(torch.float32)
+    tensors = [x.to(dtype), shift.bfloat16(), scale, weight.bfloat16(), branch.bfloat16()]
+    own = [t.clone().requires_grad_() for t in tensors]
+    wide = [t.double().requires_grad_() for t in tensors]
+    for take, function in (
+        ((0, 1, 2, 3), ops.norm_modulate),
+        ((0, 1, 4), ops.gated_residual),
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = function(*(own[i] for i in take))
+        truth = function(*(wide[i] for i in take), fused=False)
+        assert y.dtype == dtype
+        found = torch.autograd.grad(y, [own[i] for i in take], torch.ones_like(y))
+        exact = torch.autograd.grad(truth, [wide[i] for i in take], torch.ones_like(truth))
+        limit = 1e-5 if dtype == torch.float32 else 1e-2
+        assert (y - truth).norm() <= limit * truth.norm()
+        for i, one, other in zip(take, found, exact, strict=True):
+            assert one.dtype == tensors[i].dtype
+            assert (one - other).norm() <= 2e-2 * other.norm().clamp_min(1), i
+
+
+def test_statistics_of_bfloat16_are_float32() -> None:
+    x = (100 + torch.randn(1, 2, 4096)).bfloat16()
+    y = ops.norm_modulate(x, None, torch.zeros(1, 4096))
+    truth = ops.norm_modulate(x.double(), None, torch.zeros(1, 4096).double(), fused=False)
+    assert (y - truth).norm() <= 4e-3 * truth.norm()
+
+
+def test_what_does_not_fit_is_said() -> None:
+    x, shift, scale, weight, branch = inputs()
+    with pytest.raises(ValueError, match=r"scale is \[3, 5\].*must be \[3, 6\]"):
+        ops.norm_modulate(x, shift, scale[:, 1:])
+    with pytest.raises(ValueError, match=r"shift is \[2, 6\]"):
+        ops.norm_modulate(x, shift[1:], scale)
+    with pytest.raises(ValueError, match=r"weight is \[5\]"):
+        ops.norm_modulate(x, shift, scale, weight[1:])
+    with pytest.raises(ValueError, match="norm is 'batch'"):
+        ops.norm_modulate(x, shift, scale, norm="batch")
+    with pytest.raises(ValueError, match=r"\[B, N, C\], not torch.float64 \[5, 6\]"):
+        ops.norm_modulate(x[0], shift, scale)
+    with pytest.raises(ValueError, match="gate is on meta, x on cpu"):
+        ops.gated_residual(x, scale.to("meta"), branch)
+    with pytest.raises(ValueError, match=r"branch is \[3, 4, 6\]"):
+        ops.gated_residual(x, scale, branch[:, 1:])
