@@ -9,17 +9,29 @@ TILE_ELEMENTS = 2048  # per program of an elementwise kernel: with 4 warps, 16 e
 
 
 @triton.jit
-def gelu_tanh_gate(x):
-    """s and 1 - s, where gelu_tanh(x) = x s and s = (1 + tanh(u)) / 2 = sigmoid(2u),
-    u = sqrt(2 / pi) (x + 0.044715 x^3).
+def sigmoid_gate(x):
+    """s and 1 - s, where s = sigmoid(x), so silu(x) = x s.
 
     Both are exact to rounding: subtracting s from 1 would lose the digits of the slope for large x.
     """
-    doubled = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-    tail = tl.exp(-tl.abs(doubled))
+    tail = tl.exp(-tl.abs(x))
     larger = 1.0 / (1.0 + tail)
     smaller = tail * larger
-    return tl.where(doubled >= 0, larger, smaller), tl.where(doubled >= 0, smaller, larger)
+    return tl.where(x >= 0, larger, smaller), tl.where(x >= 0, smaller, larger)
+
+
+@triton.jit
+def silu_slope(x, gate, rest):
+    """d silu(x) / dx, where gate, rest = sigmoid_gate(x)."""
+    return gate + x * gate * rest
+
+
+@triton.jit
+def gelu_tanh_gate(x):
+    """s and 1 - s, where gelu_tanh(x) = x s and s = (1 + tanh(u)) / 2 = sigmoid(2u),
+    u = sqrt(2 / pi) (x + 0.044715 x^3).
+    """
+    return sigmoid_gate(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
 @triton.jit

@@ -1,7 +1,8 @@
-"""GEGLU in one pass: out = gelu_tanh(gate) * value, and its backward, which recomputes instead of saving.
+"""GEGLU and SwiGLU in one pass: out = act(gate) * value, and the backward, which recomputes what it needs.
 
 Inputs are matrices [rows, columns] whose columns are dense and whose rows may be strided, so both halves of
-one linear layer's output are read in place. float16, bfloat16 or float32; arithmetic in float32.
+one linear layer's output are read in place. float16, bfloat16 or float32; arithmetic in float32. ACTIVATION
+is "gelu" (its tanh form) or "silu".
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vfmvae.kernels.common import gelu_tanh_gate, gelu_tanh_slope, matrix_tile
+from vfmvae.kernels.common import gelu_tanh_gate, gelu_tanh_slope, matrix_tile, sigmoid_gate, silu_slope
 
 
 @triton.jit
-def _geglu_fwd_kernel(
+def _gated_fwd_kernel(
     gate_ptr,
     value_ptr,
     out_ptr,
@@ -25,19 +26,23 @@ def _geglu_fwd_kernel(
     value_stride,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = (row < rows) & (column < columns)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(value_ptr + row * value_stride + column, mask=inside, other=0.0).to(tl.float32)
-    share, _ = gelu_tanh_gate(gate)
+    if ACTIVATION == "silu":
+        share, _ = sigmoid_gate(gate)
+    else:
+        share, _ = gelu_tanh_gate(gate)
     out = gate * share * value
     tl.store(out_ptr + row * columns + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _geglu_bwd_kernel(
+def _gated_bwd_kernel(
     grad_ptr,
     gate_ptr,
     value_ptr,
@@ -50,6 +55,7 @@ def _geglu_bwd_kernel(
     grad_stride,  # of grad_gate and grad_value
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -57,27 +63,37 @@ def _geglu_bwd_kernel(
     grad = tl.load(grad_ptr + row * columns + column, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(value_ptr + row * value_stride + column, mask=inside, other=0.0).to(tl.float32)
-    share, rest = gelu_tanh_gate(gate)
-    grad_gate = grad * value * gelu_tanh_slope(gate, share, rest)
+    if ACTIVATION == "silu":
+        share, rest = sigmoid_gate(gate)
+        slope = silu_slope(gate, share, rest)
+    else:
+        share, rest = gelu_tanh_gate(gate)
+        slope = gelu_tanh_slope(gate, share, rest)
+    grad_gate = grad * value * slope
     grad_value = grad * gate * share
     element = grad_gate_ptr.dtype.element_ty
     tl.store(grad_gate_ptr + row * grad_stride + column, grad_gate.to(element), mask=inside)
     tl.store(grad_value_ptr + row * grad_stride + column, grad_value.to(element), mask=inside)
 
 
-def geglu_fwd(gate: Tensor, value: Tensor, out: Tensor) -> None:
+def gated_fwd(gate: Tensor, value: Tensor, out: Tensor, activation: str) -> None:
     """Fills out [..., C] (dense) from gate, value [..., C] of the same dtype."""
     if out.numel() == 0:
         return
     gate, value = _as_rows(gate), _as_rows(value)
     height, width, grid = matrix_tile(*gate.shape)
     with torch.cuda.device_of(out):
-        _geglu_fwd_kernel[grid](
-            gate, value, out, *gate.shape, gate.stride(0), value.stride(0), HEIGHT=height, WIDTH=width
+        _gated_fwd_kernel[grid](
+            *(gate, value, out, *gate.shape, gate.stride(0), value.stride(0)),
+            HEIGHT=height,
+            WIDTH=width,
+            ACTIVATION=activation,
         )
 
 
-def geglu_bwd(grad: Tensor, gate: Tensor, value: Tensor, grad_gate: Tensor, grad_value: Tensor) -> None:
+def gated_bwd(
+    grad: Tensor, gate: Tensor, value: Tensor, grad_gate: Tensor, grad_value: Tensor, activation: str
+) -> None:
     """Fills grad_gate, grad_value [..., C] (dense, or halves of one dense tensor) from the gradient of the
     output [..., C].
     """
@@ -86,7 +102,7 @@ def geglu_bwd(grad: Tensor, gate: Tensor, value: Tensor, grad_gate: Tensor, grad
     grad, gate, value = grad.contiguous(), _as_rows(gate), _as_rows(value)
     height, width, grid = matrix_tile(*gate.shape)
     with torch.cuda.device_of(grad):
-        _geglu_bwd_kernel[grid](
+        _gated_bwd_kernel[grid](
             grad,
             gate,
             value,
@@ -98,6 +114,7 @@ def geglu_bwd(grad: Tensor, gate: Tensor, value: Tensor, grad_gate: Tensor, grad
             grad_gate.stride(-2) if grad_gate.ndim > 1 else grad_gate.numel(),
             HEIGHT=height,
             WIDTH=width,
+            ACTIVATION=activation,
         )
 
 

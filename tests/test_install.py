@@ -23,8 +23,8 @@ from tests.helpers import ROOT, run_python
 PROBE = """
 import inspect, pathlib, vfmvae
 from vfmvae.kernels import gated
-from vfmvae.kernels.gated import geglu_fwd
-assert gated.geglu_fwd is geglu_fwd and "def geglu_fwd" in inspect.getsource(geglu_fwd)
+from vfmvae.kernels.gated import gated_fwd
+assert gated.gated_fwd is gated_fwd and "def gated_fwd" in inspect.getsource(gated_fwd)
 print(pathlib.Path(vfmvae.__file__).parent, pathlib.Path(gated.__file__).parent, sep="\\n")
 """
 SOURCES = ("csrc", "kernels", "vfmvae", "CMakeLists.txt", "MANIFEST.in", "LICENSE", "README.md")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vfmvae.diffusion import DiffusionTransformer, TransformerConfig
+    from vfmvae.diffusion.sampling import sample
     from vfmvae.saved import load
     from vfmvae.tokenizer import Tokenizer, TokenizerConfig
     from vfmvae.tokenizer.diffusers_adapter import diffusers_autoencoder
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "diffusers_autoencoder",
     "load",
+    "sample",
 ]
 
 # Resolved on first use: `import vfmvae` alone stays fast and needs nothing but Python.
@@ -35,6 +37,7 @@ _HOME = {
     "DiffusionTransformer": "vfmvae.diffusion",
     "TransformerConfig": "vfmvae.diffusion",
     "load": "vfmvae.saved",
+    "sample": "vfmvae.diffusion.sampling",
     "diffusers_autoencoder": "vfmvae.tokenizer.diffusers_adapter",
 }
 

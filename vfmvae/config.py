@@ -8,23 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
-from vfmvae.data import Backend
-from vfmvae.data.quarantine import check_share
 from vfmvae.discriminators import ProjectedDiscriminatorConfig
 from vfmvae.discriminators.layers import group_count
 from vfmvae.losses.perceptual import PerceptualName
-from vfmvae.serialization import check_fields, from_dict, read_json
+from vfmvae.serialization import from_dict, read_json
 from vfmvae.tokenizer import TokenizerConfig
 from vfmvae.tokenizer.decoder import INPUT_STRIDE
 from vfmvae.tokenizer.equivariance import check_equivariance
 from vfmvae.training.adversary import TERMS_OF
 from vfmvae.training.engine import EngineConfig
-from vfmvae.training.guard import SafetyConfig
 from vfmvae.training.rates import check_parts
+from vfmvae.training.run_config import RunConfig, shared_batch
 from vfmvae.training.stages import ADVERSARIAL_TERMS, StageConfig, StagePlan
-from vfmvae.training.trackers import LogConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class PerceptualConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """One training run of a tokenizer."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -45,54 +41,11 @@ class TrainConfig:
     discriminator: ProjectedDiscriminatorConfig = field(default_factory=ProjectedDiscriminatorConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    safety: SafetyConfig = field(default_factory=SafetyConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    data: str | None = None
-    """Image folder, tar shards, saved data set or parquet (docs/data.md); if not given, the embedded
-    photographs."""
-    data_backend: Backend = "auto"
-    """What decodes: dali, torch (Pillow in the workers), or auto: dali where it is installed and applies."""
-    workers: int = 0
-    """Processes per rank that read images ahead; 0: the training process reads."""
-    max_broken: float = 0.001
-    """Share of the images that may be unreadable: others take their places. Beyond it the run stops."""
-    batch_size: int = 512
-    """Images per update, over all processes."""
-    steps: int | None = None
-    """Updates of the whole run, shared among the stages in proportion to their images; None: as many as
-    these need."""
-    fused: bool = False
-    """Fused operations instead of the plain reference."""
-    device: str = "auto"
-    """A torch device, or auto: CUDA where there is one, else the CPU."""
-    threads: int | None = None
-    """CPU threads of each process; None: torch's choice. Small models are fastest, and steadiest beside other
-    programs, with one."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What activations are computed in; auto: bf16 on CUDA, else fp32. Parameters are fp32 always."""
-    seed: int = 0
-    """Start of every random draw; on one machine and device the same seed gives the same run."""
-    log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
-    evaluate_every: int = 0
-    """Images seen between evaluations on held-out images, with a picture each; 0: only at the end."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints; 0: only at the beginning and the end."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "")
+        super().__post_init__()
         if not self.stages:
             raise ValueError("stages is empty; a run needs at least one")
-        lowest = {"batch_size": 1, "log_every": 1, "evaluate_every": 0, "checkpoint_every": 0, "seed": 0}
-        for name, limit in {**lowest, "workers": 0, "keep_checkpoints": 1}.items():
-            if getattr(self, name) < limit:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {limit}")
-        check_share(self.max_broken)
-        for name in ("steps", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for stage in self.stages:
             self._check_stage(stage)
 
@@ -144,18 +97,12 @@ class TrainConfig:
 
         Raises ValueError for a batch that cannot be shared like that.
         """
-        parts = processes * self.engine.accumulate
-        if self.batch_size % parts:
-            raise ValueError(
-                f"batch_size {self.batch_size} cannot be shared by {processes} processes in"
-                f" {self.engine.accumulate} parts (engine.accumulate); use a multiple of {parts}"
-            )
-        images = self.batch_size // parts
+        images = shared_batch(self.batch_size, processes, self.engine.accumulate)
         if any(getattr(stage.losses, term) for stage in self.stages for term in ADVERSARIAL_TERMS):
             group_count(images)  # found now, not when the stage begins
         return images
 
-    def plan(self) -> StagePlan:
+    def plan(self) -> StagePlan[StageConfig]:
         """The stages in updates."""
         return StagePlan(self.stages, self.batch_size, self.steps)
 

@@ -60,7 +60,8 @@ class Evaluate:
     """
 
     data: str | None = None
-    """Image folder, tar shards, saved data set or parquet; if not given, the embedded photographs."""
+    """Image folder, tar shards, saved data set or parquet, or scenes for drawn images; if not given, the
+    embedded photographs."""
     part: Part = "validation"
     """Which images: a split as training makes it, or (of a folder) all."""
     images: int | None = None

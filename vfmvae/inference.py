@@ -19,7 +19,9 @@ from torch import Tensor
 from vfmvae.atomic import write_atomically
 from vfmvae.cli import UsageError, usage
 from vfmvae.data.folder import EXTENSIONS
+from vfmvae.diffusion.files import is_diffusion
 from vfmvae.images import to_uint8
+from vfmvae.serialization import read_json
 from vfmvae.tokenizer import Tokenizer, load_tokenizer
 from vfmvae.training.device import compute_dtype, pick_device, set_precision
 from vfmvae.training.run_folder import RUNS, RunFolder
@@ -67,7 +69,7 @@ def open_tokenizer(options: ModelOptions, console: Console) -> tuple[str, Tokeni
 def latest_tokenizer() -> Path:
     """The run in runs/ whose model was written last; ValueError if there is none."""
     runs = [RunFolder(path) for path in RUNS.glob("*") if path.is_dir()]
-    trained = [run for run in runs if run.model.exists()]
+    trained = [run for run in runs if run.model.exists() and not is_diffusion(read_json(run.config))]
     if not trained:
         raise ValueError(f"no trained tokenizer lies in {RUNS}/; give one with --tokenizer FOLDER or hub id")
     return max(trained, key=lambda run: run.model.stat().st_mtime).path

@@ -22,7 +22,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import timm
 import torch
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from vfmvae.atomic import write_atomically
 from vfmvae.cli import command, parse, usage
-from vfmvae.data import Photographs
+from vfmvae.data import ImageBatch, Photographs
 from vfmvae.data.views import Views, draw_views, grid_points, to_grey
 from vfmvae.images import to_unit
 from vfmvae.training.device import compute_dtype, pick_device
@@ -82,13 +82,13 @@ class PretrainConfig:
             raise ValueError(f"output {self.output} is a folder; name the file to write")
 
 
-def build_mini() -> VisionTransformer:
+def build_mini(depth: int = 6) -> VisionTransformer:
     """The architecture of `mini` with random weights: patch 8, width 128, 6 blocks, 1.2 M parameters."""
     return VisionTransformer(
         img_size=RESOLUTION,
         patch_size=PATCH,
         embed_dim=WIDTH,
-        depth=6,
+        depth=depth,
         num_heads=4,
         mlp_ratio=4,
         class_token=False,
@@ -193,12 +193,25 @@ def pretraining_losses(
 # Training -------------------------------------------------------------------------------------------------
 
 
-def pretrain(config: PretrainConfig, console: Console) -> VisionTransformer:
-    """The trained encoder in eval mode on the CPU; the same for the same config on the same machine."""
+class Places(Protocol):
+    """Where places come from: uint8 [B, 3, 128, 128] by the number of the step, as of an `ImageSource`."""
+
+    def batch(self, step: int, batch_size: int, /) -> ImageBatch: ...
+
+
+def pretrain(
+    config: PretrainConfig, console: Console, places: Places | None = None, depth: int = 6
+) -> VisionTransformer:
+    """The trained encoder in eval mode on the CPU; the same for the same config on the same machine.
+
+    `places`: if not given, the embedded photographs. `depth`: blocks of the encoder.
+    """
     torch.manual_seed(config.seed)
     with usage():
         device = pick_device(config.device)
-    model, heads = build_mini().to(device), Heads().to(device)
+    if places is None:
+        places = Photographs("train", PLACE_RESOLUTION, config.seed)
+    model, heads = build_mini(depth).to(device), Heads().to(device)
     parameters = [*model.parameters(), *heads.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
@@ -208,7 +221,7 @@ def pretrain(config: PretrainConfig, console: Console) -> VisionTransformer:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warmup_cosine(step, config.steps))
     with Progress(console=console) as progress:
         task = progress.add_task("pretraining mini", total=config.steps)
-        for step, losses in enumerate(_losses(config, model, heads, device)):
+        for step, losses in enumerate(_losses(config, places, model, heads, device)):
             total = torch.stack([LOSS_WEIGHTS[name] * loss for name, loss in losses.items()]).sum()
             optimizer.zero_grad(set_to_none=True)
             total.backward()
@@ -228,14 +241,13 @@ def pretrain(config: PretrainConfig, console: Console) -> VisionTransformer:
 
 
 def _losses(
-    config: PretrainConfig, model: VisionTransformer, heads: Heads, device: torch.device
+    config: PretrainConfig, source: Places, model: VisionTransformer, heads: Heads, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """The losses of every step, computed when asked for: with the parameters as they are then."""
-    photographs = Photographs("train", PLACE_RESOLUTION, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     dtype = compute_dtype(config.dtype, device)
     for step in range(config.steps):
-        places = to_unit(photographs.batch(step, config.batch_size)["image"]).contiguous().to(device)
+        places = to_unit(source.batch(step, config.batch_size)["image"]).contiguous().to(device)
         first, second = draw_views(places, RESOLUTION, generator), draw_views(places, RESOLUTION, generator)
         hidden = (torch.rand(config.batch_size, GRID * GRID, generator=generator) < HIDDEN_SHARE).to(device)
         yield pretraining_losses(model, heads, first, second, hidden, dtype)

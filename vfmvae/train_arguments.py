@@ -1,19 +1,20 @@
-"""The command line of training: a recipe or a config file, with any field overridden."""
+"""The command lines of training: a recipe or a config file, with any field overridden."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import tyro
 
 from vfmvae.cli import UsageError, parse
 from vfmvae.config import TrainConfig, check_same_run, read_config
-from vfmvae.recipes import RECIPES
+from vfmvae.diffusion_config import DiffusionConfig, check_same_diffusion, read_diffusion_config
+from vfmvae.recipes import DIFFUSION_RECIPES, RECIPES
 from vfmvae.training.run_folder import RunFolder, latest_run_path, new_run_path
 
 DEFAULT_RECIPE = "demo"
@@ -36,7 +37,60 @@ class Launch:
     run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
+@dataclass
+class LaunchDiffusion:
+    """Train a diffusion transformer. Example: python -m vfmvae.train_diffusion --fused --latents latents"""
+
+    recipe: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(DIFFUSION_RECIPES)}}}")] = None
+    """A function of vfmvae/recipes.py, which gives the defaults of all options below; diffusion_demo if not
+    given."""
+    config: Path | None = None
+    """A run's config.json, instead of a recipe."""
+    run_dir: Path | None = None
+    """Where the run's files go; if not given, runs/<recipe>, numbered where that is taken."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with the newest checkpoint of the run in --run-dir, or else of the latest run of the recipe."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the stages, the model and its size, and stop."""
+    run: Annotated[DiffusionConfig, tyro.conf.arg(name="")] = field(
+        default_factory=DIFFUSION_RECIPES["diffusion_demo"]
+    )
+
+
+C = TypeVar("C")
+L = TypeVar("L")
+
+
+class TrainCommand(NamedTuple, Generic[L, C]):
+    """What differs between the commands that train."""
+
+    name: str
+    launch: Callable[..., L]
+    recipes: Mapping[str, Callable[[], C]]
+    default_recipe: str
+    read: Callable[[Path], C]
+    check_same: Callable[[C, C], None]
+
+
+TOKENIZER = TrainCommand("train", Launch, RECIPES, DEFAULT_RECIPE, read_config, check_same_run)
+DIFFUSION = TrainCommand(
+    "train_diffusion",
+    LaunchDiffusion,
+    DIFFUSION_RECIPES,
+    "diffusion_demo",
+    read_diffusion_config,
+    check_same_diffusion,
+)
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Launch, RunFolder]:
+    """The command line of `vfmvae.train`; see `parse_training`."""
+    return parse_training(TOKENIZER, arguments)
+
+
+def parse_training(
+    command: TrainCommand[L, C], arguments: Sequence[str] | None = None
+) -> tuple[L, RunFolder]:
     """Command line -> launch options with the complete configuration, and the run's folder.
 
     A resumed run starts from its own config.json. Raises UsageError for unknown recipes, unknown options and
@@ -44,21 +98,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Launch, Run
     ends the process with a message for values of a wrong type.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    first = _first_pass(arguments)
-    folder = RunFolder(_run_path(first))
+    first = _first_pass(command, arguments)
+    folder = RunFolder(_run_path(command, first), f"vfmvae.{command.name}")
     earlier = None
     if first.resume:
         folder.check_resumable()
-        earlier = read_config(folder.config)
+        earlier = command.read(folder.config)
     # Without subcommands an optional section (tokenizer.encoder.vit) has options where the defaults fill it.
-    defaults, plain = Launch(run=_defaults(first, earlier)), (tyro.conf.AvoidSubcommands,)
-    launch = parse(Launch, "train", default=defaults, config=plain, arguments=arguments)
+    kind: Any = command.launch
+    defaults, plain = kind(run=_defaults(command, first, earlier)), (tyro.conf.AvoidSubcommands,)
+    launch = parse(kind, command.name, default=defaults, config=plain, arguments=arguments)
     if earlier is not None:
-        check_same_run(launch.run, earlier)
+        command.check_same(launch.run, earlier)
     return launch, folder
 
 
-def _first_pass(arguments: list[str]) -> argparse.Namespace:
+def _first_pass(command: TrainCommand[L, C], arguments: list[str]) -> argparse.Namespace:
     """The options that decide where the defaults of all others come from; tyro checks them again."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe")
@@ -71,28 +126,28 @@ def _first_pass(arguments: list[str]) -> argparse.Namespace:
         raise UsageError(str(error)) from None
     if first.recipe is not None and first.config is not None:
         raise UsageError(f"give --recipe {first.recipe} or --config {first.config}, not both")
-    if first.recipe is not None and first.recipe not in RECIPES:
-        raise UsageError(f"unknown recipe {first.recipe!r}; known: {', '.join(RECIPES)}")
+    if first.recipe is not None and first.recipe not in command.recipes:
+        raise UsageError(f"unknown recipe {first.recipe!r}; known: {', '.join(command.recipes)}")
     if first.run_dir == "":  # as a path it would be the current folder
         raise UsageError("--run-dir is empty; give a folder, or leave it out for one in runs/")
     return first
 
 
-def _run_path(first: argparse.Namespace) -> Path:
+def _run_path(command: TrainCommand[L, C], first: argparse.Namespace) -> Path:
     if first.run_dir is not None:
         return Path(first.run_dir)
-    name = _run_name(first)
+    name = _run_name(command, first)
     return latest_run_path(name) if first.resume else new_run_path(name)
 
 
-def _run_name(first: argparse.Namespace) -> str:
+def _run_name(command: TrainCommand[L, C], first: argparse.Namespace) -> str:
     """The recipe's name; that of the folder for a run's config.json; that of any other config file."""
     if first.config is None:
-        return first.recipe or DEFAULT_RECIPE
+        return first.recipe or command.default_recipe
     return first.config.resolve().parent.name if first.config.stem == "config" else first.config.stem
 
 
-def _defaults(first: argparse.Namespace, earlier: TrainConfig | None) -> TrainConfig:
+def _defaults(command: TrainCommand[L, C], first: argparse.Namespace, earlier: C | None) -> C:
     if first.config is not None:
-        return read_config(first.config)
-    return earlier or RECIPES[first.recipe or DEFAULT_RECIPE]()
+        return command.read(first.config)
+    return earlier or command.recipes[first.recipe or command.default_recipe]()

@@ -18,7 +18,6 @@ from vfmvae.train_job import Job
 from vfmvae.train_step import (
     SECOND_FORWARD,
     TOKENIZER,
-    StepResult,
     conclude,
     drawn_equivariance,
     update_all,
@@ -26,6 +25,7 @@ from vfmvae.train_step import (
 from vfmvae.training.adaptive import LIMITS
 from vfmvae.training.draws import renew
 from vfmvae.training.recording import CudaGraph, Graph, StandingInputs
+from vfmvae.training.run import StepResult
 
 
 def recorded_steps(job: Job) -> RecordedSteps | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 
@@ -28,7 +26,7 @@ from vfmvae.training.adversary import TERMS_OF, Adversary
 from vfmvae.training.averaging_adam import AveragingAdam
 from vfmvae.training.companion import Companion
 from vfmvae.training.companion import check_new as check_companion
-from vfmvae.training.device import compute_dtype, keep_freed_memory, pick_device, set_precision
+from vfmvae.training.device import compute_dtype, keep_freed_memory, run_device, set_precision
 from vfmvae.training.distributed import first_rank_first, mean_over_ranks, rank, world_size
 from vfmvae.training.draws import StandingDraws, StepDraws
 from vfmvae.training.ema import EMA, ema_beta
@@ -47,6 +45,7 @@ from vfmvae.training.optim import (
 from vfmvae.training.rates import parameter_groups
 from vfmvae.training.recording import StandingInputs, check_recordable
 from vfmvae.training.reduction import reducing, replicated
+from vfmvae.training.run import DataIdentity
 from vfmvae.training.stages import TERMS, Place, StageConfig
 from vfmvae.training.state import TrainingState
 
@@ -59,14 +58,6 @@ REPORTED = (
 )
 """Names of what a step reports; a companion needs one of its own."""
 ALWAYS = WeightSchedule()
-
-
-def run_device(config: TrainConfig) -> torch.device:
-    """The device of this process, made the current one of CUDA."""
-    device = pick_device(config.device)
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 class Job:
@@ -83,7 +74,7 @@ class Job:
         self.config = config
         self.pretrained = pretrained
         self.plan = config.plan()
-        self.device = run_device(config)
+        self.device = run_device(config.device)
         self.part_size = config.images_at_once(world_size())
         for stage in config.stages:
             for optimizer in (stage.optimizer, stage.discriminator_optimizer):
@@ -219,15 +210,7 @@ class Job:
 
     def check_position(self, step: int, stage: int) -> None:
         """ValueError unless a run that did `step` updates, the last in `stage`, can go on by this plan."""
-        if step > self.plan.steps:
-            raise ValueError(f"the run has done {step} steps already; --steps {self.plan.steps} is fewer")
-        planned = self.plan.locate(max(step - 1, 0)).stage
-        if planned != stage:
-            names = [self.config.stages[number].name for number in (stage, planned)]
-            raise ValueError(
-                f"step {step} of the run lies in stage {names[0]!r}; with --steps {self.plan.steps} it would"
-                f" lie in {names[1]!r}"
-            )
+        self.plan.check_position(step, stage)
 
     def begin_step(self) -> dict[str, float]:
         """Go to the stage and the learning rates of the present step; returns the rates by name."""
@@ -274,14 +257,26 @@ class Job:
                 self.faults += [fault for part in parts for fault in part["faults"]]
                 yield [part["image"] for part in parts]
 
-    def data_keys(self) -> str:
-        """SHA-256 of the keys of the training images in their order."""
-        digest = hashlib.sha256()
-        if isinstance(self.data, Images):
-            samples = self.data.samples
-            for number in range(len(samples)):
-                digest.update(os.fsencode(samples.key(number)) + b"\n")
-        return digest.hexdigest()
+    def data_identity(self) -> DataIdentity | None:
+        """Of the training images; None for those that are embedded."""
+        if self.config.data is None:
+            return None
+        keys = self.data.keys_digest() if isinstance(self.data, Images) else ""
+        return DataIdentity(self.config.data, len(self.data), keys)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.plan.steps
+
+    @property
+    def stage_name(self) -> str:
+        return self.stage.name
+
+    @property
+    def images(self) -> int:
+        """Of the data, held-out ones included."""
+        return len(self.data) + len(self.held_out)
 
     def take_faults(self) -> list[Fault]:
         """What could not be read since the last call."""

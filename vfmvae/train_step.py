@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vfmvae.images import to_unit
 from vfmvae.tokenizer.equivariance import EQUIVARIANCE_UNIFORMS, Equivariance, draw_equivariance
@@ -29,10 +29,9 @@ from vfmvae.training.adaptive import (
     deferred_alignment,
 )
 from vfmvae.training.adversary import TERMS_OF, Adversary
-from vfmvae.training.distributed import mean_over_ranks
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.forward import StepOutput
-from vfmvae.training.guard import StepGuard, guarded_update
+from vfmvae.training.guard import clipped_update
 from vfmvae.training.objective import (
     Weights,
     alignment_gradients,
@@ -45,19 +44,13 @@ from vfmvae.training.objective import (
     pair_at,
     weighted_sum,
 )
-from vfmvae.training.optim import gradient_norm, scale_gradients
+from vfmvae.training.optim import scale_gradients
 from vfmvae.training.reduction import reduce_unsharded, reducing, settle_unused
+from vfmvae.training.run import StepResult
 
 TOKENIZER, DISCRIMINATOR, GENERATOR, SECOND_FORWARD, SECOND_LOOK, COMPANION = range(6)
 """Streams of random draws: users of one step that do not know how often the others draw. The first companion
 has the last of these, the others those that follow."""
-
-
-class StepResult(NamedTuple):
-    """What a step reports, all on the device."""
-
-    losses: dict[str, Tensor]  # unweighted scalars, and "total"
-    skipped: Tensor  # 1.0 if any update of the step was skipped, the tokenizer's or another's, else 0.0
 
 
 class Part(NamedTuple):
@@ -197,7 +190,7 @@ def discriminator_step(
             (loss * (adversary.guard.scale / len(parts))).backward()
         losses.append(loss.detach())
     loss = torch.stack(losses).mean()
-    skip, _ = update(
+    skip, _ = clipped_update(
         adversary.optimizer, adversary.parameters, adversary.guard, loss, job.config.engine.clip_norm
     )
     return loss, skip
@@ -241,8 +234,10 @@ def generator_step(
         scale_gradients(companion.parameters, job.guard.scale.reciprocal())
         loss = losses[f"{companion.name}_own"]
         clip_norm = job.config.engine.clip_norm
-        skipped.append(update(companion.optimizer, companion.parameters, companion.guard, loss, clip_norm)[0])
-    skip, norm = update(job.optimizer, job.trained, job.guard, total, job.config.engine.clip_norm)
+        skipped.append(
+            clipped_update(companion.optimizer, companion.parameters, companion.guard, loss, clip_norm)[0]
+        )
+    skip, norm = clipped_update(job.optimizer, job.trained, job.guard, total, job.config.engine.clip_norm)
     job.buffers.restore(skip)
     return {**losses, "total": total, "gradient_norm": norm}, torch.stack([*skipped, skip]).amax()
 
@@ -347,27 +342,3 @@ def balanced_weights(job: Job, weights: Weights) -> Weights:
         return weights
     factor = job.factor("adversarial")
     return {name: weight * factor if name in BALANCED_TERMS else weight for name, weight in weights.items()}
-
-
-def update(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[nn.Parameter],
-    guard: StepGuard,
-    loss: Tensor,
-    clip_norm: float,
-) -> tuple[Tensor, Tensor]:
-    """One optimizer step from the gradients there are, unless the guard objects.
-
-    Returns 1.0 if it did, else 0.0, and the norm of the gradients.
-    """
-    loss = loss.clone()
-    mean_over_ranks(loss)
-    norm = gradient_norm(parameters) / guard.scale
-    skip = guard.judge(norm, loss)
-    if clip_norm or guard.scaled:
-        factor = guard.scale.reciprocal()
-        scale_gradients(
-            parameters, factor * (clip_norm / (norm + 1e-6)).clamp(max=1.0) if clip_norm else factor
-        )
-    guarded_update(optimizer, skip)
-    return skip, norm

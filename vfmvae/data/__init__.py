@@ -1,4 +1,4 @@
-"""Images for training and evaluation: uint8 batches by position, from photographs or stored data sets."""
+"""Images for training and evaluation: uint8 batches by position; photographs, drawn scenes or stored ones."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from vfmvae.data.latents import Latents
 from vfmvae.data.loader import Backend, ImageLoader, LatentLoader, choose_backend, load_batches
 from vfmvae.data.photographs import Photographs
 from vfmvae.data.samples import Fault, SampleError, Samples
+from vfmvae.data.scenes import Scenes
 from vfmvae.data.source import ImageBatch, ImageSource, Request, Split, validation_batches
 from vfmvae.data.workers import worker_deaths
 
@@ -24,6 +25,7 @@ __all__ = [
     "Request",
     "SampleError",
     "Samples",
+    "Scenes",
     "Split",
     "choose_backend",
     "load_batches",

@@ -13,6 +13,7 @@ training; elsewhere its label is NO_LABEL.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,13 @@ class Images:
         self.classes = samples.classes
         self._pool: ThreadPoolExecutor | None = None
         self._pool_process = 0
+
+    def keys_digest(self) -> str:
+        """SHA-256 of the keys in their order."""
+        digest = hashlib.sha256()
+        for number in range(len(self.samples)):
+            digest.update(os.fsencode(self.samples.key(number)) + b"\n")
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         """Samples in this split, broken ones too."""

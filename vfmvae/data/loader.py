@@ -171,16 +171,26 @@ class LatentLoader(_Stream):
         self.device = torch.device(device)
 
     def __iter__(self) -> Iterator[LatentBatch]:
-        read = partial(_read_latents, self.latents, self.batch_size)
-        pin = self.device.type == "cuda"
-        with closing(read_ahead(read, self._numbers(), self.workers, pin)) as batches:
+        with closing(
+            load_latents(self.latents, self.batch_size, self._numbers(), self.workers, self.device)
+        ) as batches:
             for batch in batches:
-                for field in ("latent", "moments", "features", "class_token"):
-                    values = batch[field]
-                    if values is not None:
-                        batch[field] = values.to(self.device, non_blocking=True)
                 self._count()
                 yield batch
+
+
+def load_latents(
+    latents: Latents, batch_size: int, numbers: Iterable[int], workers: int, device: torch.device
+) -> Generator[LatentBatch, None, None]:
+    """The batches of these numbers in this order, on `device`; as `load_batches`."""
+    read = partial(_read_latents, latents, batch_size)
+    with closing(read_ahead(read, numbers, workers, pin=device.type == "cuda")) as batches:
+        for batch in batches:
+            for field in ("latent", "moments", "features", "class_token"):
+                values = batch[field]
+                if values is not None:
+                    batch[field] = values.to(device, non_blocking=True)
+            yield batch
 
 
 def _read_latents(latents: Latents, batch_size: int, number: int) -> LatentBatch:

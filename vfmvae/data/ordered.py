@@ -10,14 +10,15 @@ from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from vfmvae.data.formats import open_samples
+from vfmvae.data.formats import SCENES, open_samples
 from vfmvae.data.images import Images
-from vfmvae.data.photographs import SCENES, Photographs
+from vfmvae.data.photographs import Photographs
 from vfmvae.data.samples import Fault, Part, Samples
-from vfmvae.data.source import ImageBatch, check_split_and_resolution, collate
+from vfmvae.data.scenes import Scenes
+from vfmvae.data.source import ImageBatch, check_split_and_resolution
 
-TRAINING_CROPS = 1000
-"""How many crops of the embedded photographs stand for their endless training split."""
+TRAINING_IMAGES = 1000
+"""How many stand for an endless training split: crops of the embedded photographs, or drawn scenes."""
 
 
 class OrderedImages(Protocol):
@@ -61,13 +62,12 @@ class SamplesInOrder:
         return self._images.read(start, min(stop, self._count))
 
 
-class PhotographsInOrder:
-    """The first `count` crops of a split of the embedded photographs."""
+class DrawnInOrder:
+    """The first `count` images of a split that has no files: of the embedded photographs or of scenes."""
 
-    classes = SCENES
-
-    def __init__(self, photographs: Photographs, count: int) -> None:
-        self._photographs = photographs
+    def __init__(self, source: Photographs | Scenes, count: int) -> None:
+        self.classes = source.classes
+        self._source = source
         self._count = count
 
     def __len__(self) -> int:
@@ -80,13 +80,12 @@ class PhotographsInOrder:
         return []
 
     def read(self, start: int, stop: int) -> ImageBatch:
-        numbers = list(range(start, min(stop, self._count)))
-        crops = [self._photographs.crop(number) for number in numbers]
-        keys = [self._name(number) for number in numbers]
-        return collate([crop.pixels for crop in crops], [crop.label for crop in crops], keys, numbers)
+        batch = self._source.read(range(start, min(stop, self._count)))
+        batch["key"] = [self._name(number) for number in batch["number"]]
+        return batch
 
     def _name(self, number: int) -> str:
-        return f"{self._photographs.split}/{number:06d}"
+        return f"{self._source.split}/{number:06d}"
 
 
 def batches_ahead(source: OrderedImages, rows: range, batch_size: int) -> Generator[ImageBatch, None, None]:
@@ -105,20 +104,22 @@ def batches_ahead(source: OrderedImages, rows: range, batch_size: int) -> Genera
 def open_in_order(
     path: str | None, part: Part, resolution: int, images: int | None = None, seed: int = 0
 ) -> OrderedImages:
-    """The images of a data set in its order, or of the embedded photographs for None.
+    """The images of a data set in its order, of the embedded photographs for None, or of drawn "scenes".
 
     `part` is a split as training makes them, or both; at most `images` of it. Classes are those of both
-    splits, so labels mean the same in either. Photographs train without end: `TRAINING_CROPS` stand for them,
-    or as many as asked, drawn from `seed`. Raises ValueError for a data set that is missing or empty.
+    splits, so labels mean the same in either. Photographs and scenes train without end: `TRAINING_IMAGES`
+    stand for them, or as many as asked, drawn from `seed`. Raises ValueError for a data set that is missing
+    or empty.
     """
     if images is not None and images < 1:
         raise ValueError(f"images is {images}; it must be at least 1")
     check_split_and_resolution("train" if part == "all" else part, resolution)
-    if path is not None:
+    if path not in (None, SCENES):
         return SamplesInOrder(open_samples(path, part), resolution, images)
     if part == "all":
-        raise ValueError("the embedded photographs are endless crops: choose part train or validation")
-    photographs = Photographs(part, resolution, seed)
+        what = "scenes are" if path == SCENES else "the embedded photographs are crops"
+        raise ValueError(f"{what} without an end: choose part train or validation")
+    source = (Photographs if path is None else Scenes)(part, resolution, seed)
     endless = part == "train"
-    count = (images or TRAINING_CROPS) if endless else min(images or len(photographs), len(photographs))
-    return PhotographsInOrder(photographs, count)
+    count = (images or TRAINING_IMAGES) if endless else min(images or len(source), len(source))
+    return DrawnInOrder(source, count)

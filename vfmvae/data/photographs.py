@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -98,9 +99,12 @@ class Photographs:
 
     def batch(self, step: int, batch_size: int, crops: CropConfig = PUBLISHED_CROPS) -> ImageBatch:
         """Crops step * batch_size and following: image uint8 [B, 3, R, R], label int64 [B], key list[str]."""
-        numbers = list(positions(step, batch_size, self.split, len(self)))
-        cut = [self.crop(index, crops) for index in numbers]
-        return collate([c.pixels for c in cut], [c.label for c in cut], [c.key for c in cut], numbers)
+        return self.read(positions(step, batch_size, self.split, len(self)), crops)
+
+    def read(self, numbers: Sequence[int], crops: CropConfig = PUBLISHED_CROPS) -> ImageBatch:
+        """The crops of these numbers, in this order."""
+        cut = [self.crop(number, crops) for number in numbers]
+        return collate([c.pixels for c in cut], [c.label for c in cut], [c.key for c in cut], list(numbers))
 
     def crop(self, index: int, crops: CropConfig = PUBLISHED_CROPS) -> Crop:
         """Crop number `index`; it depends on (split, resolution, seed, index, crops) alone."""

@@ -4,6 +4,7 @@ SwiGLU, of diffusion transformers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,82 +76,78 @@ def _check(gate: Tensor, value: Tensor) -> None:
         )
 
 
-def _run(gate: Tensor, value: Tensor) -> Tensor:
-    from vfmvae.kernels.gated import geglu_fwd
-
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    geglu_fwd(gate, value, out)
-    return out
+_DEVICES = ("cpu", "cuda")
 
 
-def _fake(gate: Tensor, value: Tensor) -> Tensor:
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+def _operations(name: str, activation: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The kernels as vfmvae::NAME of gate and value, and vfmvae::NAME_halves of both in one tensor."""
 
+    def run(gate: Tensor, value: Tensor) -> Tensor:
+        from vfmvae.kernels.gated import gated_fwd
 
-def _run_backward(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    from vfmvae.kernels.gated import geglu_bwd
+        out = fake(gate, value)
+        gated_fwd(gate, value, out, activation)
+        return out
 
-    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    grad_value = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    geglu_bwd(grad, gate, value, grad_gate, grad_value)
-    return grad_gate, grad_value
+    def fake(gate: Tensor, value: Tensor) -> Tensor:
+        return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
+    def run_backward(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        from vfmvae.kernels.gated import gated_bwd
 
-def _backward_fake(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    empty = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    return empty, torch.empty_like(empty)
+        of_gate, of_value = backward_fake(grad, gate, value)
+        gated_bwd(grad, gate, value, of_gate, of_value, activation)
+        return of_gate, of_value
+
+    def backward_fake(grad: Tensor, gate: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return fake(gate, value), fake(gate, value)
+
+    def run_halves(both: Tensor) -> Tensor:
+        return run(*both.chunk(2, dim=-1))
+
+    def halves_fake(both: Tensor) -> Tensor:
+        return fake(*both.chunk(2, dim=-1))
+
+    def run_halves_backward(grad: Tensor, both: Tensor) -> Tensor:
+        from vfmvae.kernels.gated import gated_bwd
+
+        of_both = halves_backward_fake(grad, both)
+        gated_bwd(grad, *both.chunk(2, dim=-1), *of_both.chunk(2, dim=-1), activation)
+        return of_both
+
+    def halves_backward_fake(grad: Tensor, both: Tensor) -> Tensor:
+        return torch.empty(both.shape, dtype=both.dtype, device=both.device)
+
+    backward = operation(f"{name}_backward", run_backward, backward_fake, _DEVICES)
+    halves_backward = operation(
+        f"{name}_halves_backward", run_halves_backward, halves_backward_fake, _DEVICES
+    )
+    of_two = Autograd(_setup, lambda ctx, grad: backward(grad, *ctx.saved_tensors))
+    of_halves = Autograd(_setup, lambda ctx, grad: (halves_backward(grad, *ctx.saved_tensors),))
+    return (
+        operation(name, run, fake, _DEVICES, of_two),
+        operation(f"{name}_halves", run_halves, halves_fake, _DEVICES, of_halves),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return _geglu_backward(grad, *ctx.saved_tensors)
+_geglu_triton, geglu_halves = _operations("geglu", "gelu")
+_swiglu_triton, _swiglu_halves_triton = _operations("swiglu", "silu")
 
 
-def _run_halves(both: Tensor) -> Tensor:
-    return _run(*both.chunk(2, dim=-1))
-
-
-def _halves_fake(both: Tensor) -> Tensor:
-    return _fake(*both.chunk(2, dim=-1))
-
-
-def _run_halves_backward(grad: Tensor, both: Tensor) -> Tensor:
-    from vfmvae.kernels.gated import geglu_bwd
-
-    grad_both = torch.empty(both.shape, dtype=both.dtype, device=both.device)
-    geglu_bwd(grad, *both.chunk(2, dim=-1), *grad_both.chunk(2, dim=-1))
-    return grad_both
-
-
-def _halves_backward_fake(grad: Tensor, both: Tensor) -> Tensor:
-    return torch.empty(both.shape, dtype=both.dtype, device=both.device)
-
-
-def _halves_backward(ctx: Any, grad: Tensor) -> tuple[Tensor]:
-    return (_geglu_halves_backward(grad, *ctx.saved_tensors),)
-
-
-_DEVICES = ("cpu", "cuda")
-_geglu_halves_backward = operation(
-    "geglu_halves_backward", _run_halves_backward, _halves_backward_fake, _DEVICES
-)
-geglu_halves = operation(
-    "geglu_halves", _run_halves, _halves_fake, _DEVICES, Autograd(_setup, _halves_backward)
-)
-"""[..., 2C], gate before value -> [..., C] by the kernels, whose gradient need not be put together."""
-_geglu_backward = operation("geglu_backward", _run_backward, _backward_fake, _DEVICES)
-_geglu_triton = operation("geglu", _run, _fake, _DEVICES, Autograd(_setup, _backward))
-
-
-def _why_not_triton(gate: Tensor, value: Tensor) -> str | None:
+def _why_not_triton(gate: Tensor, *_: Tensor) -> str | None:
     if gate.dtype not in TRITON_DTYPES:
         return f"it takes float32, bfloat16 and float16, not {gate.dtype}"
     return native.why_no_triton(gate)
 
 
-_GEGLU = Op("geglu", geglu_reference, (Implementation("triton", _geglu_triton, _why_not_triton),))
-_SWIGLU = Op("swiglu", swiglu_reference)
-_SWIGLU_HALVES = Op("swiglu_halves", swiglu_halves_reference)
+def _op(name: str, reference: Callable[..., Tensor], kernels: Callable[..., Tensor]) -> Op:
+    return Op(name, reference, (Implementation("triton", kernels, _why_not_triton),))
+
+
+_GEGLU = _op("geglu", geglu_reference, _geglu_triton)
+_SWIGLU = _op("swiglu", swiglu_reference, _swiglu_triton)
+_SWIGLU_HALVES = _op("swiglu_halves", swiglu_halves_reference, _swiglu_halves_triton)

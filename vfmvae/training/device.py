@@ -38,6 +38,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def run_device(name: str) -> torch.device:
+    """As `pick_device`; a CUDA device is made the current one of this process."""
+    device = pick_device(name)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def compute_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype that activations take beside fp32 parameters; None where they are fp32 too.
 

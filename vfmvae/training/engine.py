@@ -12,23 +12,41 @@ Parallel = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """Speed and memory of a training step."""
+class ComputeConfig:
+    """Speed and memory of a training step, whatever it trains."""
+
+    accumulate: int = 1
+    """Parts that every batch is computed in, one after another; the update is that of the whole batch."""
+    clip_norm: float = 0.0
+    """Gradients are scaled down to this norm, those of every optimizer apart; 0: not."""
+    recompute: bool = False
+    """Keep only the input of each block (of the decoder, of the transformer) and compute the rest again in
+    the backward pass."""
+    compile: Compile = "off"
+    """torch.compile of the blocks of encoder, decoder and transformer."""
+    parallel: Parallel = "ddp"
+    """Several processes: a copy of the model in each (DDP), or its blocks sharded (FSDP2)."""
+    deterministic: bool = True
+    """Only operations that give the same bits every time, where they exist."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "engine")
+        if self.accumulate < 1:
+            raise ValueError(f"engine.accumulate is {self.accumulate}; it must be at least 1")
+        if self.clip_norm < 0:
+            raise ValueError(f"engine.clip_norm is {self.clip_norm}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class EngineConfig(ComputeConfig):
+    """Speed and memory of a tokenizer's training step."""
 
     share_forward: bool = True
     """One forward per step for discriminator and tokenizer, with the same random draws; else two, with
-    draws of their own, as published."""
-    accumulate: int = 1
-    """Parts that every batch is computed in, one after another; the update is that of the whole batch.
-    Several parts are computed twice against a discriminator: for it, and for the tokenizer."""
+    draws of their own, as published. With engine.accumulate above 1 each part is computed twice against a
+    discriminator: for it, and for the tokenizer."""
     adaptive_every: int = 1
     """Steps between two measurements of the adaptive weights; they stay as they are in between."""
-    clip_norm: float = 0.0
-    """Gradients are scaled down to this norm, tokenizer and discriminators apart; 0: not."""
-    recompute: bool = False
-    """Keep only the input of each decoder block and compute the rest again in the backward pass."""
-    compile: Compile = "off"
-    """torch.compile of encoder blocks and decoder blocks."""
     fp8_encoder: bool = False
     """Linear layers of the encoder in float8 (vfmvae.encoders.fp8), which changes its features a little. For
     runs whose stages do not train it, on a GPU of compute capability 8.9 or later. Models are saved with the
@@ -36,16 +54,11 @@ class EngineConfig:
     graphs: bool = False
     """Record each kind of step as a CUDA graph when it comes for the second time, and replay it from then on:
     one for each size and rotation of the equivariance regularisation. On one GPU."""
-    parallel: Parallel = "ddp"
-    """Several processes: a copy of the model in each (DDP), or encoder and decoder sharded (FSDP2)."""
-    deterministic: bool = True
-    """Only operations that give the same bits every time, where they exist."""
 
     def __post_init__(self) -> None:
-        check_fields(self, "engine")
-        for name in ("accumulate", "adaptive_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__()
+        if self.adaptive_every < 1:
+            raise ValueError(f"engine.adaptive_every is {self.adaptive_every}; it must be at least 1")
         if self.graphs and self.parallel == "fsdp":
             raise ValueError(
                 "engine.graphs records where weights lie, and engine.parallel 'fsdp' gathers them anew each"
@@ -56,5 +69,3 @@ class EngineConfig:
                 "engine.fp8_encoder keeps the whole encoder in each process, and engine.parallel 'fsdp'"
                 " shards it; use one of the two"
             )
-        if self.clip_norm < 0:
-            raise ValueError(f"engine.clip_norm is {self.clip_norm}; it must not be negative")

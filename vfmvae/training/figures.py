@@ -1,7 +1,9 @@
-"""Pictures that a run leaves behind: originals above their reconstructions, over time.
+"""Pictures that a run leaves behind, over time: originals above their reconstructions, or samples.
 
 <run>/figures/reconstructions_000001280000.png     after that many images
 <run>/reconstructions.png                          the latest
+
+or with `samples` in place of `reconstructions`.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from vfmvae.atomic import write_atomically
 
 GAP = 4
 LATEST = "reconstructions.png"
+LATEST_SAMPLES = "samples.png"
 FOLDER = "figures"
-_NAME = re.compile(r"reconstructions_(\d{12})\.png")
+_NAME = re.compile(r"(?:reconstructions|samples)_(\d{12})\.png")
 
 
 def write_figure(
@@ -30,10 +33,21 @@ def write_figure(
     Arguments as for `save_reconstructions`. Each file appears whole or not at all; OSError with a sentence if
     one cannot be written.
     """
+    sheet = _sheet(images, reconstructions, columns, rows)
+    return _write(sheet, run / FOLDER / f"reconstructions_{seen_images:012d}.png", run / LATEST)
+
+
+def write_samples(run: Path, seen_images: int, images: Tensor, columns: int = 8) -> Path:
+    """The same for samples, uint8 [N, 3, H, W], in rows of `columns`."""
+    rows = [_row(images[start : start + columns], columns) for start in range(0, len(images), columns)]
+    sheet = _enlarged(torch.cat(rows, dim=1), images.shape[-1])
+    return _write(sheet, run / FOLDER / f"samples_{seen_images:012d}.png", run / LATEST_SAMPLES)
+
+
+def _write(sheet: Image.Image, path: Path, latest: Path) -> Path:
     png = io.BytesIO()
-    _sheet(images, reconstructions, columns, rows).save(png, format="PNG")
-    path = run / FOLDER / f"reconstructions_{seen_images:012d}.png"
-    for target in (path, run / LATEST):
+    sheet.save(png, format="PNG")
+    for target in (path, latest):
         write_atomically(target, lambda partial: partial.write_bytes(png.getvalue()))
     return path
 
@@ -76,9 +90,13 @@ def _sheet(images: Tensor, reconstructions: Tensor, columns: int, rows: int) -> 
         stop = min(start + columns, shown)
         bands += [_row(images[start:stop], columns), _row(reconstructions[start:stop], columns)]
         bands.append(torch.full((3, GAP, bands[0].shape[-1]), 255, dtype=torch.uint8))
-    sheet = torch.cat(bands[:-1], dim=1)
+    return _enlarged(torch.cat(bands[:-1], dim=1), images.shape[-1])
+
+
+def _enlarged(sheet: Tensor, side: int) -> Image.Image:
+    """uint8 [3, H, W] of images of a side, which small ones show larger."""
     picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
-    enlarge = max(1, 128 // images.shape[-1])
+    enlarge = max(1, 128 // side)
     return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
 
 

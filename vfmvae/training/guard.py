@@ -6,12 +6,15 @@ fp16 the same verdict moves the scale of the loss (Micikevicius et al. 2018, arX
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vfmvae.serialization import check_fields
+from vfmvae.training.distributed import mean_over_ranks
+from vfmvae.training.optim import gradient_norm, scale_gradients
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,30 @@ def guarded_update(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
         optimizer.step()
     elif not skip.item():
         optimizer.step()
+
+
+def clipped_update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    guard: StepGuard,
+    loss: Tensor,
+    clip_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step from the gradients there are, unless the guard objects.
+
+    Returns 1.0 if it did, else 0.0, and the norm of the gradients.
+    """
+    loss = loss.clone()
+    mean_over_ranks(loss)
+    norm = gradient_norm(parameters) / guard.scale
+    skip = guard.judge(norm, loss)
+    if clip_norm or guard.scaled:
+        factor = guard.scale.reciprocal()
+        scale_gradients(
+            parameters, factor * (clip_norm / (norm + 1e-6)).clamp(max=1.0) if clip_norm else factor
+        )
+    guarded_update(optimizer, skip)
+    return skip, norm
 
 
 class BufferGuard:

@@ -9,24 +9,27 @@ from pathlib import Path
 from vfmvae.atomic import remove_leftovers, write_atomically
 from vfmvae.data.quarantine import QUARANTINE
 from vfmvae.training.checkpoint_folder import checkpoints, remove_partial_checkpoints
-from vfmvae.training.figures import LATEST, keep_figures_until
+from vfmvae.training.figures import LATEST, LATEST_SAMPLES, keep_figures_until
 from vfmvae.training.logging import keep_lines_until
 
 RUNS = Path("runs")
 
 
 class RunFolder:
-    """The files of a run: config.json, metrics.jsonl, checkpoints/, model.safetensors, reconstructions.png,
+    """The files of a run: config.json, metrics.jsonl, checkpoints/, model.safetensors, reconstructions.png or samples.png,
     quarantine.jsonl.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, module: str = "vfmvae.train") -> None:
+        """`module`: what `python -m` trains such runs with."""
         self.path = path
+        self.module = module
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model.safetensors"
         self.figure = path / LATEST
+        self.samples = path / LATEST_SAMPLES
         self.quarantine = path / QUARANTINE
 
     def check_new(self) -> None:
@@ -74,7 +77,7 @@ class RunFolder:
 
     def resume_command(self, launcher: str = "python") -> str:
         """What to type to go on with this run; `launcher` starts its processes."""
-        return f"{launcher} -m vfmvae.train --run-dir {shlex.quote(str(self.path))} --resume"
+        return f"{launcher} -m {self.module} --run-dir {shlex.quote(str(self.path))} --resume"
 
 
 def new_run_path(name: str) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from vfmvae.data.transforms import CropConfig
 from vfmvae.losses.schedule import WeightSchedule
@@ -199,10 +199,22 @@ class Place(NamedTuple):
     step: int
 
 
-class StagePlan:
+class Stage(Protocol):
+    """What a plan asks of a stage."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def images(self) -> int: ...
+
+
+S = TypeVar("S", bound=Stage)
+
+
+class StagePlan(Generic[S]):
     """Stages of given lengths in updates, in a row."""
 
-    def __init__(self, stages: Sequence[StageConfig], batch_size: int, steps: int | None = None) -> None:
+    def __init__(self, stages: Sequence[S], batch_size: int, steps: int | None = None) -> None:
         """`steps`: updates in all, shared among the stages in proportion; None: as their images need."""
         self._batch_size = batch_size
         if steps is None:
@@ -229,9 +241,21 @@ class StagePlan:
             left -= length
         raise ValueError(f"step {step} lies beyond the {self.steps} of this run")
 
-    def stage_of(self, step: int) -> StageConfig:
+    def stage_of(self, step: int) -> S:
         """The stage that update number `step` lies in."""
         return self._stages[self.locate(step).stage]
+
+    def check_position(self, step: int, stage: int) -> None:
+        """ValueError unless a run that did `step` updates, the last in `stage`, can go on by this plan."""
+        if step > self.steps:
+            raise ValueError(f"the run has done {step} steps already; --steps {self.steps} is fewer")
+        planned = self.locate(max(step - 1, 0)).stage
+        if planned != stage:
+            names = [self._stages[number].name for number in (stage, planned)]
+            raise ValueError(
+                f"step {step} of the run lies in stage {names[0]!r}; with --steps {self.steps} it would"
+                f" lie in {names[1]!r}"
+            )
 
     def progress(self, place: Place) -> float:
         """The share of its stage that is done in the middle of an update."""
