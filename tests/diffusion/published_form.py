@@ -74,9 +74,7 @@ def _block(
     return tokens + gate2 * _mlp(p, f"{name}mlp.", arguments, inside)
 
 
-def _attention(
-    p: State, name: str, arguments: Arguments, x: Tensor, heads: int, side: int
-) -> Tensor:
+def _attention(p: State, name: str, arguments: Arguments, x: Tensor, heads: int, side: int) -> Tensor:
     width = x.shape[-1] // heads
     query, key, value = _linear(p, f"{name}qkv", x).chunk(3, dim=-1)
     outputs = []
@@ -131,14 +129,8 @@ def _image(patches: Tensor, side: int, patch: int) -> Tensor:
 
 
 def _rotated(x: Tensor, side: int) -> Tensor:
-    """Neighbouring numbers as complex ones, turned: the first half by the row, the second by the column."""
-    pairs = x.shape[-1] // 4  # per axis
-    angles = torch.zeros(side**2, 2 * pairs, dtype=torch.float64)
-    for token in range(side**2):
-        for i in range(pairs):
-            frequency = 10_000 ** (-2 * i / (2 * pairs))
-            angles[token, i] = (token // side) * frequency
-            angles[token, pairs + i] = (token % side) * frequency
+    """Neighbouring numbers as complex ones, turned."""
+    angles = rotations(x.shape[-1], side)
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(
         torch.ones_like(angles), angles
     )
@@ -177,6 +169,18 @@ def positions(width: int, side: int) -> Tensor:
                 table[token, half * 2 * quarter + i] = math.sin(angle)
                 table[token, half * 2 * quarter + quarter + i] = math.cos(angle)
     return table
+
+
+def rotations(head_width: int, side: int) -> Tensor:
+    """Angles [side^2, head_width / 2]: the first half turns with the row, the second with the column."""
+    pairs = head_width // 4  # per axis
+    angles = torch.zeros(side**2, 2 * pairs, dtype=torch.float64)
+    for token in range(side**2):
+        for i in range(pairs):
+            frequency = 10_000 ** (-2 * i / (2 * pairs))
+            angles[token, i] = (token // side) * frequency
+            angles[token, pairs + i] = (token % side) * frequency
+    return angles
 
 
 def random_state(arguments: Arguments, class_token: int | None = None, seed: int = 0) -> State:

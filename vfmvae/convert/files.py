@@ -58,8 +58,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """A diffusion model's state dict: a .safetensors file's, or a torch checkpoint's, where "ema", the average
-    of the weights, is preferred to "model".
+    """A diffusion model's state dict: that of a .safetensors file, or of a torch checkpoint, where "ema", the
+    average of the weights, is preferred to "model".
 
     Names lose the prefixes of torch's wrappers. Errors as `read_generator`.
     """
