@@ -31,6 +31,11 @@ class Arguments:
             raise ValueError(f"argument {name} is {value!r}; needed is {kind.__name__}, like {default!r}")
         return value
 
+    def optional(self, name: str, like: Any) -> Any:
+        """The value, which must be of the type of `like`, or None."""
+        value = self(name, like)
+        return None if self._values.get(name) is None else value
+
     def choice(self, name: str, choices: Mapping[str, T], default: str) -> T:
         value = self(name, default)
         if value not in choices:

@@ -5,9 +5,9 @@ store are compared with ours before they are dropped. Original SiT and Lightning
 data, which the config records (`published_time`).
 
 Statistics of the latents: mean and std of a `latents_stats` file, std over LightningDiT's
-`latent_multiplier`. Without one, models of the SiT family with 4 channels get those of the Stable Diffusion
-autoencoder, on whose latents times 0.18215 they are published (mean 0, std 1 / 0.18215); others get mean 0
-and std 1 (over the multiplier), unless the config says that latents were normalised, which is an error.
+`latent_multiplier`. Without such a file the mean is 0 and the std 1 / multiplier, and where the config has
+none either, SiT, REPA and REG with 4 channels have 0.18215: they are published on latents of the Stable
+Diffusion autoencoder times that. A config that says that latents were normalised needs the file.
 """
 
 from __future__ import annotations
@@ -135,9 +135,13 @@ def _statistics(
                 "its latents were normalised (latent_norm: true), by statistics that it does not hold; give"
                 " them with --statistics latents_stats.pt"
             )
-        if source != "lightningdit" and channels == SD_VAE_CHANNELS:
+        if multiplier is None and source != "lightningdit" and channels == SD_VAE_CHANNELS:
             multiplier = SD_VAE_SCALE
-        return torch.zeros(channels), torch.ones(channels) / multiplier
+        return torch.zeros(channels), torch.ones(channels) / (multiplier or 1.0)
+    if published.latent_norm is False:
+        raise ValueError(
+            "its latents were not normalised (latent_norm: false); leave the statistics of --statistics out"
+        )
     mean, std = given
     if mean.shape != (channels,) or std.shape != (channels,):
         raise ValueError(
@@ -145,7 +149,7 @@ def _statistics(
         )
     if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise ValueError("the statistics hold values that are not finite, or stds that are not above 0")
-    return mean, std / multiplier
+    return mean, std / (multiplier or 1.0)
 
 
 def _some(names: list[str], limit: int = 8) -> str:

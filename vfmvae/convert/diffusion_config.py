@@ -51,10 +51,10 @@ class Published:
     """What a published configuration says."""
 
     config: TransformerConfig
-    latent_norm: bool
-    """Latents are normalised by statistics, which must then be given."""
-    latent_multiplier: float
-    """What the latents are multiplied by after that."""
+    latent_norm: bool | None
+    """Whether latents were normalised by statistics, which must then be given; None: it does not say."""
+    latent_multiplier: float | None
+    """What the latents were multiplied by after that."""
 
 
 def published_config(
@@ -100,8 +100,8 @@ def published_config(
     arg.choice("prediction", PREDICTIONS, "v")
     if arg("null_class", options["classes"]) != options["classes"]:
         raise ValueError(f"argument null_class is {arg('null_class', 0)}; it must be num_classes")
-    latent_norm, multiplier = arg("latent_norm", False), float(arg("latent_multiplier", 1.0))
-    if multiplier <= 0:
+    latent_norm, multiplier = arg.optional("latent_norm", False), arg.optional("latent_multiplier", 1.0)
+    if multiplier is not None and multiplier <= 0:
         raise ValueError(f"argument latent_multiplier is {multiplier}; it must be above 0")
     unknown = [name for name in arg.unread() if name not in IGNORED]
     if unknown:
