@@ -118,7 +118,7 @@ def pooled_tokens(features: Tensor, side: int) -> Tensor:
         raise ValueError(
             f"the encoder's {features.shape[1]} tokens cannot be compared with the model's {side} x {side}:"
             f" needed is a square grid of a multiple of {side}; choose another encoder.scale_factor or"
-            f" model.patch"
+            f" diffusion.patch"
         )
     if n == side:
         return features
