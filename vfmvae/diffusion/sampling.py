@@ -34,7 +34,7 @@ class Sampling:
     """How latents are made of noise; see docs/sampling.md for the published settings."""
 
     sampler: Sampler = "euler"
-    """Methods for the ODE: euler, heun, dopri5; for the SDE: sde, Euler-Maruyama."""
+    """Methods for the ODE: euler, heun, dopri5; for the SDE: sde, Euler-Maruyama, on the linear path only."""
     steps: int = 250
     """dopri5 chooses its own."""
     guidance: Guidance = field(default_factory=Guidance)
