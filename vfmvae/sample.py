@@ -183,7 +183,8 @@ def label_of(number: int, chosen: Sequence[int], options: Sample) -> int:
 def describe_labels(options: Sample, classes: int) -> str:
     """The protocol in words."""
     if options.labels == "balanced":
-        return f"exactly {options.count // classes} images of each of {classes} classes"
+        each = options.count // classes
+        return f"exactly {each} image{'s' if each > 1 else ''} of each of {classes} classes"
     return f"the class of each image drawn at random from {classes}"
 
 
