@@ -43,8 +43,8 @@ def describe(config: TrainConfig, console: Console) -> None:
         model = config.joint.model
         _say(
             console,
-            f"joint diffusion transformer: {model.depth} blocks of width {model.width}, {model.tokens} tokens,"
-            f" alignment weight {config.joint.weight:g}; memory counts its weights, not its graph",
+            f"joint diffusion transformer: {model.depth} blocks of width {model.width}, {model.tokens}"
+            f" tokens, alignment weight {config.joint.weight:g}; memory counts its weights, not its graph",
         )
     total = sum(p.numel() for p in run.tokenizer.parameters())
     _say(
