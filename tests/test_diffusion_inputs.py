@@ -1,4 +1,4 @@
-"""Where latents, features and class tokens come from: a folder, a tokenizer, the pixels; and what is refused."""
+"""Where latents, features and class tokens come from: a folder, a tokenizer, pixels; and what is refused."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_moments_are_sampled_anew_in_every_step(tmp_path: Path) -> None:
     given, again = (source.inputs(batch, draws(4)).latents for _ in range(2))
     assert torch.equal(given, again)
     mean, log_variance = batch["moments"].double().chunk(2, dim=1)
-    expected = mean + np.exp(log_variance.numpy() / 2) * draws(4).normal(mean.shape[1:]).double()
+    expected = mean + (log_variance / 2).exp() * draws(4).normal(mean.shape[1:]).double()
     torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=1e-5)
     other = source.inputs(batch, StepDraws(0, 1, CPU, 0, 4, 4, 1)).latents
     assert not torch.equal(given, other)
@@ -140,12 +140,12 @@ def spoiled(name: str, value: float) -> Any:
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_latents_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     folder = fill(tmp_path / "made", spoiled("latents", value))
-    latents_error(folder, "the latents' statistics are not finite, or a channel does not vary")
+    latents_error(folder, "holds latents that are NaN or infinite, as their mean and deviation say; encode")
 
 
 def test_a_channel_that_does_not_vary_is_refused(tmp_path: Path) -> None:
     folder = fill(tmp_path / "made", lambda stored, _: stored["latents"][1].zero_())
-    latents_error(folder, "statistics are not finite, or a channel does not vary")
+    latents_error(folder, "channel 1 is the same in all latents, so it cannot be normalised")
 
 
 def test_the_latents_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
