@@ -131,10 +131,11 @@ class LatentInputs:
                 f"{self.name} holds latents {list(found)}, and the model takes {list(needed)}; set"
                 f" diffusion.channels and diffusion.latent_size to those of the latents"
             )
-        if not (self.latents.mean.isfinite().all() and (self.latents.std > 0).all()):
+        constant = (self.latents.std.flatten() == 0).nonzero().flatten().tolist()
+        if constant:
             raise ValueError(
-                f"{self.name}: the latents' statistics are not finite, or a channel does not vary, so some"
-                f" latents are NaN or infinite or all the same; encode the images again"
+                f"{self.name}: channel {constant[0]} is the same in all latents, so it cannot be normalised;"
+                f" check the tokenizer with `vfmvae reconstruct`, or encode with --storage fp32"
             )
         check_widths(self.config, entry["features"], entry["class_token"], self.name)
         if tokenizer is None or self.tokenizer_hash is None:
