@@ -36,7 +36,7 @@ from vfmvae.inference import tokenizer_hash
 from vfmvae.tokenizer import Posterior, Tokenizer
 from vfmvae.tokenizer.files import load_tokenizer
 from vfmvae.training.diffusion_forward import DiffusionInputs
-from vfmvae.training.distributed import first_rank_first
+from vfmvae.training.distributed import first_rank_first, local_rank
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.run import DataIdentity
 
@@ -113,8 +113,9 @@ class LatentInputs:
         self.fields = ["moments" if "moments" in stored else "latents"]
         self.fields += ["features"] if config.needs_features else []
         self.fields += ["class_token"] if config.diffusion.class_token_width is not None else []
-        with first_rank_first():  # its reading fills the system's cache for the others
-            self.latents = Latents(config.latents, "train", config.seed, config.verify_latents, self.fields)
+        verify = config.verify_latents and local_rank() == 0  # once on each machine
+        with first_rank_first():
+            self.latents = Latents(config.latents, "train", config.seed, verify, self.fields)
         self.validation = Latents(config.latents, "validation", config.seed, False, self.fields)
         self.classes = self.latents.classes
         self.images = self.training_images = len(self.latents)
@@ -130,10 +131,11 @@ class LatentInputs:
                 f"{self.name} holds latents {list(found)}, and the model takes {list(needed)}; set"
                 f" diffusion.channels and diffusion.latent_size to those of the latents"
             )
-        if not (self.latents.mean.isfinite().all() and (self.latents.std > 0).all()):
+        constant = (self.latents.std.flatten() == 0).nonzero().flatten().tolist()
+        if constant:
             raise ValueError(
-                f"{self.name}: the latents' statistics are not finite, or a channel does not vary, so some"
-                f" latents are NaN or infinite or all the same; encode the images again"
+                f"{self.name}: channel {constant[0]} is the same in all latents, so it cannot be normalised;"
+                f" check the tokenizer with `vfmvae reconstruct`, or encode with --storage fp32"
             )
         check_widths(self.config, entry["features"], entry["class_token"], self.name)
         if tokenizer is None or self.tokenizer_hash is None:

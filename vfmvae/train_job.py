@@ -17,6 +17,7 @@ from vfmvae.tokenizer.parts import set_trained
 from vfmvae.train_networks import (
     build_forward,
     build_games,
+    build_joint,
     build_perceptual,
     evaluation_distances,
     never_trained,
@@ -35,7 +36,6 @@ from vfmvae.training.evaluation import HELD_OUT_IMAGES, Evaluation, evaluate
 from vfmvae.training.forward import Snapshot
 from vfmvae.training.guard import BufferGuard, StepGuard
 from vfmvae.training.joint import NAME as JOINT
-from vfmvae.training.joint import JointConfig, JointDiffusion
 from vfmvae.training.objective import Weights
 from vfmvae.training.optim import (
     OptimizerConfig,
@@ -48,7 +48,6 @@ from vfmvae.training.optim import (
 from vfmvae.training.rates import parameter_groups
 from vfmvae.training.recording import StandingInputs, check_recordable
 from vfmvae.training.reduction import reducing, replicated
-from vfmvae.training.regions import compile_blocks, recompute_blocks
 from vfmvae.training.run import DataIdentity
 from vfmvae.training.stages import TERMS, Place, StageConfig
 from vfmvae.training.state import TrainingState
@@ -129,7 +128,10 @@ class Job:
             },
             frozen=(*(f"tokenizer.{name}" for name in frozen), "projected.discriminator.encoder."),
         )
-        self.joint = None if config.joint is None else self._build_joint(config.joint)
+        self.joint = None if config.joint is None else build_joint(config, config.joint, self._dtype)
+        if config.joint is not None and self.joint is not None:
+            joint = config.joint
+            self.add_companion(JOINT, self.joint, joint.weight, joint.optimizer, ema=joint.ema)
 
     # Building
 
@@ -146,18 +148,6 @@ class Job:
 
     def _guard(self) -> StepGuard:
         return StepGuard(self.config.safety, self.device, scaled=self._dtype == torch.float16)
-
-    def _build_joint(self, joint: JointConfig) -> JointDiffusion:
-        torch.manual_seed(self.config.seed + 1)
-        layer = self.config.tokenizer.encoder.layers.index(-1)
-        model = JointDiffusion(joint, layer, self.config.fused, self._dtype)
-        self.add_companion(JOINT, model, joint.weight, joint.optimizer, ema=joint.ema)
-        blocks = list(model.transformer.blocks)
-        if self.config.engine.recompute:
-            recompute_blocks(blocks, self.config.engine.compile)
-        else:
-            compile_blocks(blocks, self.config.engine.compile)
-        return model
 
     @torch.no_grad()
     def begin_joint(self) -> None:
