@@ -83,6 +83,12 @@ class DiffusionConfig(RunConfig):
                 f"stage {stage.name!r} has losses.alignment, and the model no projector; give"
                 f" diffusion.alignment_widths the width of the encoder"
             )
+        if losses.alignment and model.class_token_width not in (None, *model.alignment_widths):
+            raise ValueError(
+                f"stage {stage.name!r} has losses.alignment, which compares the class token too; make"
+                f" diffusion.class_token_width {model.class_token_width} equal to diffusion.alignment_widths"
+                f" {model.alignment_widths}"
+            )
         if bool(losses.class_token) != (model.class_token_width is not None):
             has = "no" if model.class_token_width is None else "a"
             raise ValueError(

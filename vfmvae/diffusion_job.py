@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from vfmvae.data import Fault
 from vfmvae.diffusion import DiffusionTransformer
-from vfmvae.diffusion.files import load_transformer
+from vfmvae.diffusion.files import load_transformer, tokenizer_hash_of
 from vfmvae.diffusion_config import DiffusionConfig
 from vfmvae.diffusion_inputs import Source, open_source
+from vfmvae.model_files import find_model
 from vfmvae.training.averaging_adam import AveragingAdam
 from vfmvae.training.device import compute_dtype, keep_freed_memory, run_device, set_precision
 from vfmvae.training.diffusion_forward import DiffusionForward
@@ -77,11 +79,13 @@ class DiffusionJob:
         config = self.config
         if config.initial is not None:
             model = load_transformer(config.initial, self.device, config.fused)
-            if model.config != config.diffusion:
-                raise ValueError(
-                    f"the model in {config.initial} has other options than section diffusion of this run:"
-                    f" {model.config} instead of {config.diffusion}"
-                )
+            ours, theirs = asdict(config.diffusion), asdict(model.config)
+            for name in ours:
+                if ours[name] != theirs[name]:
+                    raise ValueError(
+                        f"the model in {config.initial} has diffusion.{name} {theirs[name]}, and this run"
+                        f" {ours[name]}; give it the same options, or leave initial out"
+                    )
         else:
             torch.manual_seed(config.seed)
             model = DiffusionTransformer(config.diffusion, config.fused).to(self.device)
@@ -104,11 +108,12 @@ class DiffusionJob:
         Goes after a checkpoint is loaded, whose model knows them; a collective.
         """
         model, known = self.transformer, self.state.numbers.get("statistics", False)
-        if known and self.config.latents is None:
-            return  # measured on images when the run began
+        expected = known or self.config.initial is not None
+        if expected and self.config.latents is None:
+            self.state.numbers["statistics"] = True
+            return  # measured on images when this run, or that of the first weights, began
         mean, std = (x.to(self.device) for x in self.source.statistics())
         mean_over_ranks(mean, std)
-        expected = known or self.config.initial is not None
         if expected and not (_close(model.latents_mean, mean, std) and _close(model.latents_std, std, std)):
             whose = "the run's checkpoint" if known else self.config.initial
             raise ValueError(
@@ -124,10 +129,13 @@ class DiffusionJob:
     def check_tokenizer(self) -> None:
         """ValueError where the latents are those of another tokenizer than before."""
         now, before = self.source.tokenizer_hash, self.state.numbers.get("tokenizer")
+        if before is None and self.config.initial is not None:
+            before = tokenizer_hash_of(find_model(self.config.initial))
         if before is not None and now is not None and now != before:
             raise ValueError(
-                f"the latents of {self.source.name} are those of another tokenizer ({now[:12]}) than the run"
-                f" began with ({before[:12]}); give the same, or start a new run"
+                f"the latents of {self.source.name} are those of another tokenizer ({now[:12]}) than those"
+                f" that the run, or its initial model, began with ({before[:12]}); give the same, or start a"
+                f" new run"
             )
         if now is not None:
             self.state.numbers["tokenizer"] = now

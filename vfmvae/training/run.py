@@ -267,6 +267,8 @@ class Run(ABC, Generic[J, E]):
                 result = self.step(batch)
                 job.state.step += 1
                 means = log.step(self.position, result.losses, rates, result.skipped)
+                if means is not None:
+                    self.watch(means)
                 if means is not None and log.skips_in_a_row >= config.safety.max_skips:
                     return False
                 if self.evaluation_due():
@@ -371,6 +373,9 @@ class Run(ABC, Generic[J, E]):
         self.console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
     # What differs between the kinds of runs
+
+    def watch(self, means: dict[str, float]) -> None:
+        """Take the means of an interval, equal in all processes; FloatingPointError ends the run."""
 
     @abstractmethod
     def step(self, batch: Any) -> StepResult:
