@@ -95,7 +95,7 @@ BUDGETS = {
             attention_depths=(1, 1),
             style_width=64,
         ),
-        tokenizer_steps=1500,
+        tokenizer_steps=1200,
         tokenizer_batch=64,
         width=256,
         depth=6,
