@@ -20,6 +20,7 @@ from vfmvae.diffusion.files import save_transformer
 from vfmvae.diffusion.sampling import sample_noise
 from vfmvae.images import to_uint8
 from vfmvae.inference import tokenizer_hash
+from vfmvae.sample_labels import label_of
 
 CONFIG = TransformerConfig(latent_size=4, channels=8, width=32, depth=2, heads=4, classes=5)
 module = importlib.import_module("vfmvae.sample")  # `from vfmvae import sample` is the function
@@ -103,14 +104,12 @@ def test_batches_and_processes_change_no_image(diffusion: Path, tiny: Path, tmp_
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
 
 
-def test_random_labels_follow_the_seed_and_are_even(diffusion: Path) -> None:
-    options = module.Sample(str(diffusion), count=2000, seed=3)
-    labels = [module.label_of(number, range(5), options) for number in range(2000)]
+def test_random_labels_follow_the_seed_and_are_even() -> None:
+    labels = [label_of(number, range(5), "random", 3) for number in range(2000)]
     counts = np.bincount(labels, minlength=5)
     assert ((counts > 330) & (counts < 470)).all(), "400 each, give or take four standard deviations"
-    assert labels[:50] == [module.label_of(number, range(5), options) for number in range(50)]
-    other = module.Sample(str(diffusion), count=2000, seed=4)
-    assert labels[:50] != [module.label_of(number, range(5), other) for number in range(50)]
+    assert labels[:50] == [label_of(number, range(5), "random", 3) for number in range(50)]
+    assert labels[:50] != [label_of(number, range(5), "random", 4) for number in range(50)]
 
 
 def test_a_model_with_a_class_token_and_autoguidance(tiny: Path, tmp_path: Path) -> None:

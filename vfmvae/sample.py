@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +38,9 @@ from vfmvae.data.latents import LatentBatch
 from vfmvae.decode import check_new, write_arrays
 from vfmvae.diffusion import DiffusionTransformer
 from vfmvae.diffusion.files import load_transformer, tokenizer_hash_of
+from vfmvae.diffusion.flow import TimeConfig
 from vfmvae.diffusion.guidance import Guidance
-from vfmvae.diffusion.sampling import Sampler, Sampling, run, sample, sample_noise
+from vfmvae.diffusion.sampling import Sampler, Sampling, as_trained, run, sample, sample_noise
 from vfmvae.images import to_uint8
 from vfmvae.inference import (
     ModelOptions,
@@ -53,7 +54,8 @@ from vfmvae.inference import (
     write_picture,
 )
 from vfmvae.model_files import CONFIG_FILE, MODEL_FILE, find_model
-from vfmvae.serialization import read_json
+from vfmvae.sample_labels import Protocol, check_even, class_numbers, describe_labels, label_of
+from vfmvae.serialization import from_dict, read_json
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.training.device import compute_dtype, pick_device, set_precision
 from vfmvae.training.distributed import (
@@ -69,8 +71,6 @@ PIXELS = f".{ARRAYS}.pixels.partial"
 """Where processes put their images until all are there; hidden, and removed with what a kill left."""
 GRID_SIDE = 8
 CHUNK = 256
-LABEL_DRAW = 2**63
-"""Of a sample's random numbers, beyond those of its noise."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Sample:
     """Images in all."""
     classes: str = "all"
     """Numbers of classes with commas between them, such as 1,5,7; or all."""
-    labels: Literal["random", "balanced"] = "random"
+    labels: Protocol = "random"
     """Draw the class of each image, or make exactly as many images of each class."""
     sampler: Sampler = "euler"
     """Methods for the ODE: euler, heun, dopri5; for the SDE: sde."""
@@ -104,7 +104,8 @@ class Sample:
     guide: str | None = None
     """A weaker model to guide away from, in place of the null class (AutoGuidance)."""
     shift: float = 1.0
-    """s of t' = s t / (1 + (s - 1) t) for the times of the steps; above 1 more of them at high noise."""
+    """s of t' = s t / (1 + (s - 1) t) for the times of the steps; above 1 more of them at high noise. Where a
+    run shifted its times in training, on top of that."""
     seed: int = 0
     """Start of every random draw."""
     png: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -139,6 +140,8 @@ class Models(NamedTuple):
     guide: DiffusionTransformer | None
     tokenizer: Tokenizer | None
     """None: the diffusion model makes the pixels themselves."""
+    shift: float = 1.0
+    """Of the times in training, as far as that is known."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents -> images uint8 [B, 3, H, W] on the CPU."""
@@ -150,42 +153,6 @@ class Models(NamedTuple):
         """Height and width of the images."""
         downsample = 1 if self.tokenizer is None else self.tokenizer.config.downsample
         return self.diffusion.config.latent_size * downsample
-
-
-def class_numbers(options: Sample, classes: int) -> list[int]:
-    """The classes to sample. UsageError for one that the model does not have, or that comes twice."""
-    if options.classes == "all":
-        chosen = list(range(classes))
-    else:
-        chosen = [int(part) for part in options.classes.split(",")]
-    for number in chosen:
-        if number >= classes:
-            raise UsageError(f"--classes: class {number} does not exist; this model has 0 to {classes - 1}")
-    if len(set(chosen)) < len(chosen):
-        raise UsageError(f"--classes {options.classes} names a class twice")
-    if options.labels == "balanced" and options.count % len(chosen):
-        raise UsageError(
-            f"--labels balanced: {options.count} images cannot be divided among {len(chosen)} classes evenly;"
-            f" give a multiple as --count"
-        )
-    return chosen
-
-
-def label_of(number: int, chosen: Sequence[int], options: Sample) -> int:
-    """The class of an image: in turns, so that the first of them show many, or drawn from (seed, number)."""
-    if options.labels == "balanced":
-        return chosen[number % len(chosen)]
-    counter = np.array([0, LABEL_DRAW, 0, number], dtype=np.uint64)
-    drawn = np.random.Generator(np.random.Philox(counter=counter, key=options.seed)).integers(len(chosen))
-    return chosen[int(drawn)]
-
-
-def describe_labels(options: Sample, classes: int) -> str:
-    """The protocol in words."""
-    if options.labels == "balanced":
-        each = options.count // classes
-        return f"exactly {each} image{'s' if each > 1 else ''} of each of {classes} classes"
-    return f"the class of each image drawn at random from {classes}"
 
 
 def open_diffusion(name: str, options: Sample, console: Console) -> DiffusionTransformer:
@@ -207,7 +174,7 @@ def open_diffusion(name: str, options: Sample, console: Console) -> DiffusionTra
 
 def check_fit(models: Models) -> None:
     """ValueError unless the models are of the same latents, as far as these can tell."""
-    diffusion, guide, tokenizer = models
+    diffusion, guide, tokenizer, _ = models
     channels, side = diffusion.config.channels, diffusion.config.latent_size
     if tokenizer is None:
         if channels != 3:
@@ -258,7 +225,7 @@ def write_share(
     models: Models, options: Sample, labels: Sequence[int], pixels: Path, numbers: range, bar: Progress
 ) -> None:
     """Make the images `numbers` and put them in their places in the file `pixels`, uint8 [N, H, W, 3]."""
-    settings = options.settings()
+    settings = as_trained(options.settings(), models.shift)
     for first in range(numbers.start, numbers.stop, options.model.batch_size):
         batch = range(first, min(first + options.model.batch_size, numbers.stop))
         images = images_of(models, settings, batch, labels[batch.start : batch.stop], options.seed)
@@ -316,7 +283,7 @@ def describe(
     options: Sample, models: Models, tokenizer_name: str | None, chosen: Sequence[int]
 ) -> dict[str, Any]:
     """All that decides the images, for samples.json."""
-    settings = asdict(options.settings())
+    settings = asdict(as_trained(options.settings(), models.shift))
     if options.sampler == "dopri5":
         settings["steps"] = None
     return {
@@ -330,7 +297,7 @@ def describe(
         "tokenizer": tokenizer_name,
         "tokenizer_hash": None if models.tokenizer is None else tokenizer_hash(models.tokenizer),
         "sampling": settings,
-        "labels": describe_labels(options, len(chosen)),
+        "labels": describe_labels(options.labels, options.count, len(chosen)),
         "label_protocol": options.labels,
         "classes": "all" if options.classes == "all" else list(chosen),
         "seed": options.seed,
@@ -356,19 +323,30 @@ def open_models(options: Sample, console: Console) -> tuple[Models, str | None]:
     folder = find_model(options.diffusion)
     training = read_json(folder / CONFIG_FILE)
     check_path(options, training)
+    shift = training_shift(training, diffusion)
     its_own = training.get("tokenizer")
     if options.model.tokenizer is None and its_own is None and training.get("data") is not None:
-        check_fit(models := Models(diffusion, guide, None))  # a run on images without a tokenizer
+        check_fit(models := Models(diffusion, guide, None, shift))  # a run on images without a tokenizer
         return models, None
     chosen = replace(options.model, tokenizer=options.model.tokenizer or its_own)
     name, tokenizer = open_tokenizer(chosen, console)
-    check_fit(models := Models(diffusion, guide, tokenizer))
+    check_fit(models := Models(diffusion, guide, tokenizer, shift))
     known = tokenizer_hash_of(folder)
     if known is None:
         say(console, "note: which tokenizer this model was trained with is unknown")
     elif known != tokenizer_hash(tokenizer):
         say(console, "note: the model was trained on latents of another tokenizer")
     return models, name
+
+
+def training_shift(training: Mapping[str, Any], model: DiffusionTransformer) -> float:
+    """How a training run's last stage shifted its times; 1 for a saved model, which does not say."""
+    stages = training.get("stages")
+    time = stages[-1].get("time") if isinstance(stages, list) and stages else None
+    if not isinstance(time, Mapping):
+        return 1.0
+    elements = model.config.channels * model.config.latent_size**2
+    return from_dict(TimeConfig, time, "config.json: stages: time").shift_for(elements)
 
 
 def check_path(options: Sample, training: Mapping[str, Any]) -> None:
@@ -392,9 +370,10 @@ def main() -> None:
         device = pick_device(options.model.device)
     with process_group(device), lost_processes():
         models, tokenizer_name = open_models(options, console)
-        chosen = class_numbers(options, models.diffusion.config.classes)
-        say(console, describe_labels(options, len(chosen)))
-        labels = [label_of(number, chosen, options) for number in range(options.count)]
+        chosen = class_numbers(options.classes, models.diffusion.config.classes)
+        check_even(options.labels, options.count, len(chosen))
+        say(console, describe_labels(options.labels, options.count, len(chosen)))
+        labels = [label_of(number, chosen, options.labels, options.seed) for number in range(options.count)]
         side = models.resolution
         share = range(options.count * rank // processes, options.count * (rank + 1) // processes)
         described = describe(options, models, tokenizer_name, chosen) if rank == 0 else {}
