@@ -167,22 +167,10 @@ def _norm_modulate_bwd_kernel(
 
 @triton.jit
 def _gated_residual_fwd_kernel(
-    x_ptr,
-    gate_ptr,
-    branch_ptr,
-    out_ptr,
-    tokens,
-    channels,
-    parts,
-    per_part,
-    x_sample,
-    x_token,
-    gate_sample,
-    branch_sample,
-    branch_token,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x_ptr, gate_ptr, branch_ptr, out_ptr, tokens, channels, parts, per_part, x_sample, x_token,
+    gate_sample, branch_sample, branch_token,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     chunks = tl.cdiv(channels, WIDTH)
     column = tl.program_id(0) % chunks * WIDTH + tl.arange(0, WIDTH)
     part = tl.program_id(0) // chunks % parts

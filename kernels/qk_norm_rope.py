@@ -57,26 +57,11 @@ def _normed(x, inside, eps, KIND: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _prepare(
-    x_ptr,  # this and the output: of this sample, of queries or keys
-    out_ptr,
-    weight_ptr,
-    bias_ptr,
-    cos,
-    sin,
-    token,
-    tokens,
-    x_token,
-    first_head,
-    last_head,
-    eps,
-    KIND: tl.constexpr,
-    BIASED: tl.constexpr,
-    ROTATED: tl.constexpr,
-    D: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x_ptr, out_ptr, weight_ptr, bias_ptr, cos, sin, token, tokens, x_token, first_head, last_head, eps,
+    KIND: tl.constexpr, BIASED: tl.constexpr, ROTATED: tl.constexpr, D: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Queries or keys. x and the output begin at those of this sample."""
     column = tl.arange(0, WIDTH)
     inside = (token < tokens)[:, None] & (column < D)[None, :]
     if KIND != 0:
@@ -99,32 +84,12 @@ def _prepare(
 
 @triton.jit
 def _prepare_backward(
-    grad_ptr,  # this, x and its gradient: of this sample, of queries or keys
-    x_ptr,
-    of_x_ptr,
-    partials_ptr,  # [2, d], of weight and bias
-    weight_ptr,
-    cos,
-    sin,
-    token,
-    tokens,
-    grad_head,
-    grad_token,
-    x_token,
-    of_x_token,
-    first_head,
-    last_head,
-    eps,
-    KIND: tl.constexpr,
-    ROTATED: tl.constexpr,
-    OF_X: tl.constexpr,
-    OF_WEIGHT: tl.constexpr,
-    OF_BIAS: tl.constexpr,
-    D: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    grad_ptr, x_ptr, of_x_ptr, partials_ptr, weight_ptr, cos, sin, token, tokens, grad_head, grad_token,
+    x_token, of_x_token, first_head, last_head, eps,
+    KIND: tl.constexpr, ROTATED: tl.constexpr, OF_X: tl.constexpr, OF_WEIGHT: tl.constexpr,
+    OF_BIAS: tl.constexpr, D: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of queries or keys. Gradients and x begin at those of this sample; partials [2, d]: weight, bias."""
     column = tl.arange(0, WIDTH)
     inside = (token < tokens)[:, None] & (column < D)[None, :]
     if KIND != 0:
@@ -160,19 +125,9 @@ def _prepare_backward(
 
 @triton.jit
 def _copy_heads(
-    x_ptr,
-    out_ptr,
-    token,
-    tokens,
-    x_head,
-    x_token,
-    out_head,
-    out_token,
-    first_head,
-    last_head,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    x_ptr, out_ptr, token, tokens, x_head, x_token, out_head, out_token, first_head, last_head,
+    D: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, WIDTH)
     inside = (token < tokens)[:, None] & (column < D)[None, :]
     for head in range(first_head, last_head):
