@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -89,13 +90,11 @@ def main() -> None:
         torch.backends.cudnn.allow_tf32 = True
     else:
         torch.set_num_threads(1)  # of each worker
-    result, pictures = Convergence(BUDGETS[options.budget], device, options.threads, Console()).run()
-    result = {"budget": options.budget, **result}
-    write_result(path, result)
-    draw_curves(result, path.with_suffix(".png"))
+    measurement = Convergence(options.budget, BUDGETS[options.budget], device, options.threads, path)
+    result, pictures = measurement.run()
     picture_grid(pictures, path.with_name(path.stem + "-samples.png"))
     show(result, one_line(provenance(device)))
-    print(f"written: {path}, {path.with_suffix('.png')}")
+    print(draw_curves(result, path))
 
 
 def read_options() -> argparse.Namespace:
@@ -111,32 +110,30 @@ def read_options() -> argparse.Namespace:
 class Convergence:
     """The measurement, stage after stage; `run` is the order."""
 
-    def __init__(self, budget: Budget, device: torch.device, threads: int, console: Console) -> None:
+    def __init__(self, name: str, budget: Budget, device: torch.device, threads: int, path: Path) -> None:
+        """`path`: of the JSON file, which is written after every measurement, complete or not."""
         self.budget = budget
         self.device = device
-        self.console = console
+        self.path = path
+        self.console = Console()
+        self.writing = Lock()
         # Models that do not depend on each other train side by side on a CPU, each in one thread: for small
         # operations two threads wait more than they compute. A GPU is fed by one.
         self.threads = threads
         self.workers = threads if device.type == "cpu" else 1
         self.spent: dict[str, dict[str, float]] = {}
+        self.result: dict[str, Any] = {"budget": name, **provenance(device), "complete": False}
+        self.result |= {"sizes": asdict(budget), "seconds": self.spent}
 
     def run(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What was measured, and pictures: scenes, and each tokenizer's reconstructions and samples."""
         self.draw()
         self.train_encoder_and_classifier()
-        tokenizers = self.train_tokenizers()
+        self.result["tokenizers"] = self.train_tokenizers()
         runs = self.train_diffusion()
-        result = {
-            **provenance(self.device),
-            "sizes": asdict(self.budget),
-            "seconds": self.spent,
-            "classifier": {"accuracy": self.accuracy, "chance": 1 / len(CLASSES)},
-            "tokenizers": tokenizers,
-            "runs": runs,
-            "steps_to_reach": reaching(runs, self.budget),
-        }
-        return result, self.pictures
+        self.result |= {"steps_to_reach": reaching(runs, self.budget), "complete": True}
+        write_result(self.path, self.result)
+        return self.result, self.pictures
 
     def draw(self) -> None:
         budget = self.budget
@@ -170,9 +167,10 @@ class Convergence:
             self.side_by_side(lambda train: train(), (encoder, classifier))
         features, _ = classified(self.classifier, self.pool.images, self.pool.labels)
         self.reference = feature_statistics(features)
-        _, self.accuracy = classified(self.classifier, self.held_out.images, self.held_out.labels)
+        _, accuracy = classified(self.classifier, self.held_out.images, self.held_out.labels)
         chance = 1 / len(CLASSES)
-        self.say(f"classifier: {self.accuracy:.1%} of held-out scenes named ({chance:.1%} is chance)")
+        self.result["classifier"] = {"accuracy": accuracy, "chance": chance}
+        self.say(f"classifier: {accuracy:.1%} of held-out scenes named ({chance:.1%} is chance)")
 
     def train_tokenizers(self) -> dict[Kind, Any]:
         """Train the three; what each reconstructs, and how its latents agree with the encoder."""
@@ -246,19 +244,22 @@ class Convergence:
         stacks = [Stack(config, part, self.device, budget.rate) for part in parts if part]
         latents = Latents(self.latents, self.pool.labels, self.targets)
         curves: dict[Run, list[dict[str, Any]]] = {run: [] for run in runs}
+        self.result["runs"] = [{**run._asdict(), "curve": curve} for run, curve in curves.items()]
 
         def train(stack: Stack) -> None:
             def measure(step: int) -> None:
                 for number, run in enumerate(stack.runs):
                     curves[run].append({"step": step, **self.measure_run(stack, number, run)})
                     advance()
+                with self.writing:
+                    write_result(self.path, self.result)
 
             train_runs(stack, latents, budget.batch, budget.evaluate_at, measure, advance)
 
         total = len(stacks) * budget.evaluate_at[-1] + len(runs) * len(budget.evaluate_at)
         with self.stage("diffusion"), self.progress("diffusion models", total) as advance:
             self.side_by_side(train, stacks)
-        return [{**run._asdict(), "curve": curves[run]} for run in runs]
+        return self.result["runs"]
 
     def measure_run(self, stack: Stack, number: int, run: Run) -> dict[str, Any]:
         budget, model = self.budget, stack.averaged(number)

@@ -82,36 +82,39 @@ def in_parts(images: Tensor, size: int = 4 * PART) -> Iterator[Tensor]:
 
 
 class Classifier(nn.Module):
-    """A convolutional network that knows nothing of the encoder: images -> features [B, D] -> logits."""
+    """A convolutional network that knows nothing of the encoder: images -> features [B, D] -> logits.
+
+    It looks at 32 px, where scenes still show what they are. Batch norm, since with group norm it learnt
+    next to nothing in the steps that a CPU has time for.
+    """
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        sizes = (3, width, 2 * width, 4 * width, 4 * width)
-        for inside, outside in zip(sizes, sizes[1:], strict=False):
-            layers += [
-                nn.Conv2d(inside, outside, 3, stride=2, padding=1),
-                nn.GroupNorm(4, outside),
-                nn.ReLU(),
-            ]
-            layers += [nn.Conv2d(outside, outside, 3, padding=1), nn.GroupNorm(4, outside), nn.ReLU()]
+        for inside, outside, stride in ((3, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2)):
+            for c_in, by in ((inside, stride), (outside, 2 if stride == 1 else 1)):
+                layers += [nn.Conv2d(c_in, outside, 3, by, padding=1), nn.BatchNorm2d(outside), nn.ReLU()]
         self.trunk = nn.Sequential(*layers)
-        self.head = nn.Linear(sizes[-1], classes)
+        self.head = nn.Linear(4 * width, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        return self.trunk(images).mean(dim=(2, 3))
+        return self.trunk(F.avg_pool2d(images, 2)).mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 
 
 def train_classifier(model: Classifier, pool: Pool, steps: int, batch_size: int) -> None:
-    """Trained with labels, the only model here that sees them beside the diffusion models."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    """Trained with labels, the only model here that sees them beside the diffusion models.
+
+    Batches are turned by quarters, which no class minds.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
     for step in range(steps):
         batch = pool.batch(step, batch_size)
-        loss = F.cross_entropy(model(to_unit(batch["image"])), batch["label"])
+        images = to_unit(batch["image"]).rot90(step % 4, (2, 3))
+        loss = F.cross_entropy(model(images), batch["label"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

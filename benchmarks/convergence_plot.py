@@ -1,7 +1,12 @@
-"""The curves and pictures of convergence.py as PNG files."""
+"""The curves and pictures of convergence.py as PNG files.
+
+python benchmarks/convergence_plot.py FILE.json     draws the curves of a result again
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +20,16 @@ COLOURS = dict(zip(KINDS, ("tab:gray", "tab:orange", "tab:blue"), strict=True))
 ROW, MARGIN = 15, 18
 
 
-def draw_curves(result: Mapping[str, Any], path: Path) -> None:
-    """Distance, accuracy and alignment by steps: a line per tokenizer, a band from lowest to highest seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw_curves(result: Mapping[str, Any], path: Path) -> str:
+    """Distance, accuracy and alignment by steps: a line per tokenizer, a band from lowest to highest seed.
 
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    `path`: of the JSON file. Returns what to tell: where the plot is, or how to get it without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return f"written: {path}; plot: pip install matplotlib; python benchmarks/convergence_plot.py {path}"
+    figure = Figure(figsize=(15, 7), layout="constrained")
     axes = figure.subplots(2, 4, sharey="col")
     for row, repa in zip(axes, (False, True), strict=True):
         for kind in KINDS:
@@ -47,7 +55,8 @@ def draw_curves(result: Mapping[str, Any], path: Path) -> None:
         f"{result['budget']} budget, {len(result['sizes']['seeds'])} seeds; dotted: reconstructions"
         f" (distance, accuracy), latents (CKNNA)"
     )
-    figure.savefig(path, dpi=100)
+    figure.savefig(path.with_suffix(".png"), dpi=100)
+    return f"written: {path} and {path.with_suffix('.png')}"
 
 
 def _band(axis: Any, x: list[int], curves: list[list[float]], kind: Any) -> None:
@@ -69,3 +78,9 @@ def picture_grid(pictures: Mapping[str, Tensor], path: Path) -> None:
             sheet.paste(Image.fromarray(image.permute(1, 2, 0).numpy()), place)
         top += MARGIN + rows[name] * side
     sheet.save(path)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python benchmarks/convergence_plot.py FILE.json")
+    print(draw_curves(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[1])))

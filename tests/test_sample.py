@@ -143,6 +143,35 @@ def test_another_tokenizer_is_said_or_refused(
     assert not (tmp_path / "new").exists()
 
 
+def of_a_run(folder: Path, **training: object) -> Path:
+    """A saved model's folder with what a training run's config.json says beside the model."""
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"diffusion": described["diffusion"], **training}))
+    return folder
+
+
+def test_a_run_on_pixels_needs_no_tokenizer(tmp_path: Path) -> None:
+    folder = of_a_run(save_diffusion(tmp_path / "run", channels=3), data="scenes", tokenizer=None)
+    arguments = ["--output", tmp_path / "out", "--labels", "balanced", "--count", "5", "--steps", "2"]
+    assert run(module, folder, *arguments) == 0
+    model, noise = vfmvae.load(folder), sample_noise(0, range(5), (3, 4, 4))
+    pixels = model.denormalise(vfmvae.sample(model, noise, torch.arange(5), steps=2))
+    with np.load(tmp_path / "out/samples.npz") as archive:
+        assert np.array_equal(archive["arr_0"], to_uint8(pixels).permute(0, 2, 3, 1).numpy())
+    assert json.loads((tmp_path / "out/samples.json").read_text())["tokenizer"] is None
+
+
+def test_a_run_knows_its_tokenizer_and_path(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [{"path": "cosine"}]
+    folder = of_a_run(save_diffusion(tmp_path / "run"), latents="l", tokenizer=str(tiny), stages=stages)
+    assert run(module, folder, "--output", tmp_path / "out", "--count", "1", "--steps", "1") == 0
+    assert json.loads((tmp_path / "out/samples.json").read_text())["tokenizer"] == str(tiny)
+    assert run(module, folder, "--output", tmp_path / "sde", "--sampler", "sde") == 2
+    assert "this run learned the cosine path" in capsys.readouterr().err
+
+
 def test_mistakes_are_named(
     diffusion: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

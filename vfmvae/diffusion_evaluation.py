@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vfmvae.diffusion.sampling import run, sample_noise
+from vfmvae.diffusion.sampling import as_trained, run, sample_noise
 from vfmvae.diffusion_inputs import LatentInputs
 from vfmvae.diffusion_job import ENCODING, EVALUATION, DiffusionJob
 from vfmvae.images import to_uint8
@@ -67,13 +67,15 @@ def samples(job: DiffusionJob) -> Tensor | None:
     if decoder is None and isinstance(source, LatentInputs):
         return None
     config, images = model.config, []
+    elements = config.channels * config.latent_size**2
+    sampling = as_trained(settings.sampling, job.stage.time.shift_for(elements))
     labels = torch.arange(settings.count) * config.classes // settings.count
     for start in range(0, settings.count, job.part_size):
         numbers = range(start, min(start + job.part_size, settings.count))
         shape = (config.channels, config.latent_size, config.latent_size)
         noise = sample_noise(job.config.seed, numbers, shape).to(job.device)
         latents = run(
-            settings.sampling,
+            sampling,
             model,
             noise,
             labels[numbers.start : numbers.stop].to(job.device),

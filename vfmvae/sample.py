@@ -16,9 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, NamedTuple
@@ -52,9 +52,10 @@ from vfmvae.inference import (
     tokenizer_hash,
     write_picture,
 )
-from vfmvae.model_files import MODEL_FILE, find_model
+from vfmvae.model_files import CONFIG_FILE, MODEL_FILE, find_model
+from vfmvae.serialization import read_json
 from vfmvae.tokenizer import Tokenizer
-from vfmvae.training.device import compute_dtype, pick_device
+from vfmvae.training.device import compute_dtype, pick_device, set_precision
 from vfmvae.training.distributed import (
     first_rank_first,
     lost_processes,
@@ -74,7 +75,7 @@ LABEL_DRAW = 2**63
 
 @dataclass
 class Sample:
-    """Images of classes from a trained diffusion model.
+    """Images of classes from a trained diffusion model. --tokenizer: that of the training run, if not given.
     Example: python -m vfmvae.sample runs/diffusion --tokenizer runs/demo --classes 1,5 --count 16
     """
 
@@ -136,7 +137,19 @@ class Models(NamedTuple):
 
     diffusion: DiffusionTransformer
     guide: DiffusionTransformer | None
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None: the diffusion model makes the pixels themselves."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents -> images uint8 [B, 3, H, W] on the CPU."""
+        latents = self.diffusion.denormalise(latents)
+        return to_uint8(latents if self.tokenizer is None else self.tokenizer.decode(latents)).cpu()
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of the images."""
+        downsample = 1 if self.tokenizer is None else self.tokenizer.config.downsample
+        return self.diffusion.config.latent_size * downsample
 
 
 def class_numbers(options: Sample, classes: int) -> list[int]:
@@ -170,7 +183,8 @@ def label_of(number: int, chosen: Sequence[int], options: Sample) -> int:
 def describe_labels(options: Sample, classes: int) -> str:
     """The protocol in words."""
     if options.labels == "balanced":
-        return f"exactly {options.count // classes} images of each of {classes} classes"
+        each = options.count // classes
+        return f"exactly {each} image{'s' if each > 1 else ''} of each of {classes} classes"
     return f"the class of each image drawn at random from {classes}"
 
 
@@ -178,6 +192,8 @@ def open_diffusion(name: str, options: Sample, console: Console) -> DiffusionTra
     """A diffusion model on the device, and a line that says so. ValueError where it cannot be used."""
     with usage():
         device = pick_device(options.model.device)
+    if device.type == "cuda":
+        set_precision(deterministic=True)
     model = load_transformer(name, device).requires_grad_(False)
     model.compute_dtype = compute_dtype(options.model.dtype, device)
     config = model.config
@@ -193,16 +209,19 @@ def check_fit(models: Models) -> None:
     """ValueError unless the models are of the same latents, as far as these can tell."""
     diffusion, guide, tokenizer = models
     channels, side = diffusion.config.channels, diffusion.config.latent_size
-    if channels != tokenizer.config.latent_channels:
+    if tokenizer is None:
+        if channels != 3:
+            raise ValueError(f"the diffusion model makes {channels} channels, and pixels have 3")
+    elif channels != tokenizer.config.latent_channels:
         raise ValueError(
             f"the diffusion model makes latents of {channels} channels; this tokenizer has"
             f" {tokenizer.config.latent_channels}: give the one that it was trained with as --tokenizer"
         )
-    size = side * tokenizer.config.downsample
-    if size % tokenizer.image_multiple:
+    elif models.resolution % tokenizer.image_multiple:
         raise ValueError(
-            f"latents of {side} x {side} would be images of {size} px, and this tokenizer needs multiples of"
-            f" {tokenizer.image_multiple}: give the one that the model was trained with as --tokenizer"
+            f"latents of {side} x {side} would be images of {models.resolution} px, and this tokenizer needs"
+            f" multiples of {tokenizer.image_multiple}: give the one that the model was trained with as"
+            f" --tokenizer"
         )
     for name in ("latents_mean", "latents_std") if guide is not None else ():
         if not torch.allclose(getattr(guide, name), getattr(diffusion, name), rtol=1e-3, atol=1e-4):
@@ -226,14 +245,13 @@ def images_of(
         seed=seed,
         numbers=numbers,
     )
-    latents = diffusion.denormalise(made.latents)
-    bad = (~latents.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    bad = (~made.latents.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
     if bad:
         raise FloatingPointError(
             f"the latents of image {numbers[bad[0]]} (class {labels[bad[0]]}) are not finite; try"
             f" --dtype fp32 or less --guidance"
         )
-    return to_uint8(models.tokenizer.decode(latents)).cpu()
+    return models.decode(made.latents)
 
 
 def write_share(
@@ -294,7 +312,9 @@ def grid(pixels: np.ndarray, columns: int) -> Image.Image:
     return sheet
 
 
-def describe(options: Sample, models: Models, tokenizer_name: str, chosen: Sequence[int]) -> dict[str, Any]:
+def describe(
+    options: Sample, models: Models, tokenizer_name: str | None, chosen: Sequence[int]
+) -> dict[str, Any]:
     """All that decides the images, for samples.json."""
     settings = asdict(options.settings())
     if options.sampler == "dopri5":
@@ -302,20 +322,20 @@ def describe(options: Sample, models: Models, tokenizer_name: str, chosen: Seque
     return {
         "vfmvae": vfmvae.__version__,
         "images": options.count,
-        "resolution": models.diffusion.config.latent_size * models.tokenizer.config.downsample,
+        "resolution": models.resolution,
         "model": options.diffusion,
         "model_sha256": file_hash(options.diffusion),
         "guide": options.guide,
         "guide_sha256": None if options.guide is None else file_hash(options.guide),
         "tokenizer": tokenizer_name,
-        "tokenizer_hash": tokenizer_hash(models.tokenizer),
+        "tokenizer_hash": None if models.tokenizer is None else tokenizer_hash(models.tokenizer),
         "sampling": settings,
         "labels": describe_labels(options, len(chosen)),
         "label_protocol": options.labels,
         "classes": "all" if options.classes == "all" else list(chosen),
         "seed": options.seed,
         "dtype": dtype_name(models.diffusion.dtype),
-        "tokenizer_dtype": dtype_name(models.tokenizer.dtype),
+        "tokenizer_dtype": None if models.tokenizer is None else dtype_name(models.tokenizer.dtype),
         "device": str(models.diffusion.latents_mean.device.type),
     }
 
@@ -329,19 +349,35 @@ def file_hash(name: str) -> str:
     return digest.hexdigest()
 
 
-def open_models(options: Sample, console: Console) -> tuple[Models, str]:
+def open_models(options: Sample, console: Console) -> tuple[Models, str | None]:
     """The models, which fit each other, and the tokenizer's name."""
     diffusion = open_diffusion(options.diffusion, options, console)
     guide = None if options.guide is None else open_diffusion(options.guide, options, console)
-    name, tokenizer = open_tokenizer(options.model, console)
-    models = Models(diffusion, guide, tokenizer)
-    check_fit(models)
-    known = tokenizer_hash_of(find_model(options.diffusion))
+    folder = find_model(options.diffusion)
+    training = read_json(folder / CONFIG_FILE)
+    check_path(options, training)
+    its_own = training.get("tokenizer")
+    if options.model.tokenizer is None and its_own is None and training.get("data") is not None:
+        check_fit(models := Models(diffusion, guide, None))  # a run on images without a tokenizer
+        return models, None
+    chosen = replace(options.model, tokenizer=options.model.tokenizer or its_own)
+    name, tokenizer = open_tokenizer(chosen, console)
+    check_fit(models := Models(diffusion, guide, tokenizer))
+    known = tokenizer_hash_of(folder)
     if known is None:
         say(console, "note: which tokenizer this model was trained with is unknown")
     elif known != tokenizer_hash(tokenizer):
         say(console, "note: the model was trained on latents of another tokenizer")
     return models, name
+
+
+def check_path(options: Sample, training: Mapping[str, Any]) -> None:
+    """UsageError for the SDE with a run on another path than it is written for."""
+    paths = [stage.get("path") for stage in training.get("stages", ()) if isinstance(stage, Mapping)]
+    if options.sampler == "sde" and paths[-1:] == ["cosine"]:
+        raise UsageError(
+            "--sampler sde is for the linear path, and this run learned the cosine path; take heun"
+        )
 
 
 @command
@@ -359,7 +395,7 @@ def main() -> None:
         chosen = class_numbers(options, models.diffusion.config.classes)
         say(console, describe_labels(options, len(chosen)))
         labels = [label_of(number, chosen, options) for number in range(options.count)]
-        side = models.diffusion.config.latent_size * models.tokenizer.config.downsample
+        side = models.resolution
         share = range(options.count * rank // processes, options.count * (rank + 1) // processes)
         described = describe(options, models, tokenizer_name, chosen) if rank == 0 else {}
         with shared_file(options.output / PIXELS) as file:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from tests.benchmarks.scripts import script, scripts_importable
 
@@ -45,8 +44,11 @@ TINY = replace(
 
 
 def test_the_whole_writes_what_it_measured(tmp_path: Path) -> None:
-    result, pictures = convergence.Convergence(TINY, CPU, 2, Console(quiet=True)).run()
-    result = {"budget": "tiny", **json.loads(json.dumps(result))}
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "curves.json"
+    whole, pictures = convergence.Convergence("tiny", TINY, CPU, 2, path).run()
+    result = json.loads(path.read_text())
+    assert result == json.loads(json.dumps(whole)) and result["complete"] and result["budget"] == "tiny"
     assert set(result["tokenizers"]) == {"plain", "distilled", "vfm"}
     assert all(math.isfinite(value) for kind in result["tokenizers"].values() for value in kind.values())
     runs = {(run["kind"], run["repa"], run["seed"]): run["curve"] for run in result["runs"]}
@@ -61,7 +63,7 @@ def test_the_whole_writes_what_it_measured(tmp_path: Path) -> None:
     assert len(reached["vfm"]["seeds"]) == 3 and reached["vfm"]["lowest"] <= reached["vfm"]["median"]
     assert {"date", "device", "torch"} <= result.keys() and result["seconds"]["diffusion"]["wall"] > 0
     with scripts_importable():
-        convergence.draw_curves(result, tmp_path / "curves.png")
+        assert str(path) in convergence.draw_curves(result, path)
         convergence.picture_grid(pictures, tmp_path / "samples.png")
     assert all(Image.open(tmp_path / name).size[0] > 500 for name in ("curves.png", "samples.png"))
     convergence.show(result, "here")
