@@ -352,7 +352,7 @@ def _peak_resident_bytes() -> int:
 
 def show(rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> None:
     """A table for each task."""
-    title = "{model}-{size}, {depth} blocks, batch {batch}, {dtype}"
+    title = "{model}-{size}, depth {depth}, batch {batch}, {dtype}"
     training = [
         [
             title.format(**row),

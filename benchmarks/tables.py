@@ -144,8 +144,7 @@ def diffusion_tables(result: dict[str, Any]) -> str:
     """Training, a row per model and path; sampling, a row per model, path and way to guide."""
 
     def what(row: dict[str, Any]) -> str:
-        blocks = f"{row['depth']} block{'s' if row['depth'] > 1 else ''}"
-        return f"{row['model']}-{row['size']}, {blocks}, batch {row['batch']}"
+        return f"{row['model']}-{row['size']}, depth {row['depth']}, batch {row['batch']}"
 
     training, sampling = [], []
     for row in result["rows"]:

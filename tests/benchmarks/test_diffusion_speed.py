@@ -106,7 +106,7 @@ def test_the_command_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest
     ]
     assert all(row["times_faster_than_always"] == 1 for row in sampling if row["guided"] == "always")
     table = tables.render_folder(output.parent)
-    assert "<!-- diffusion-cpu -->" in table and "| sit-tiny, 1 block, batch 1 | fused | " in table
+    assert "<!-- diffusion-cpu -->" in table and "| sit-tiny, depth 1, batch 1 | fused | " in table
 
 
 def test_half_the_batch_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
