@@ -57,8 +57,8 @@ def _normed(x, inside, eps, KIND: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _prepare(
-    x_ptr, out_ptr, weight_ptr, bias_ptr, cos, sin, token, tokens, x_token, first_head, last_head, eps,
-    KIND: tl.constexpr, BIASED: tl.constexpr, ROTATED: tl.constexpr, D: tl.constexpr,
+    x_ptr, out_ptr, weight_ptr, bias_ptr, cos, sin, token, tokens, x_token, out_token, first_head, last_head,
+    eps, KIND: tl.constexpr, BIASED: tl.constexpr, ROTATED: tl.constexpr, D: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Queries or keys. x and the output begin at those of this sample."""
@@ -78,7 +78,7 @@ def _prepare(
             x += bias[None, :]
         if ROTATED:
             x = x * cos + _turned(x, HEIGHT, WIDTH) * sin
-        at = (head * tokens + token[:, None]) * D + column[None, :]
+        at = token[:, None] * out_token + head * D + column[None, :]
         tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -195,15 +195,15 @@ def _qk_norm_rope_fwd_kernel(
     out = sample * heads * tokens * D
     _prepare(
         x_ptr, query_ptr + out, query_weight_ptr, query_bias_ptr, cos, sin, token, tokens, qkv_token,
-        first, last, query_eps, QUERY_KIND, QUERY_BIASED, ROTATED, D, HEIGHT, WIDTH, STAGES,
+        heads * D, first, last, query_eps, QUERY_KIND, QUERY_BIASED, ROTATED, D, HEIGHT, WIDTH, STAGES,
     )  # fmt: skip
     _prepare(
         x_ptr + heads * D, key_ptr + out, key_weight_ptr, key_bias_ptr, cos, sin, token, tokens, qkv_token,
-        first, last, key_eps, KEY_KIND, KEY_BIASED, ROTATED, D, HEIGHT, WIDTH, STAGES,
+        heads * D, first, last, key_eps, KEY_KIND, KEY_BIASED, ROTATED, D, HEIGHT, WIDTH, STAGES,
     )  # fmt: skip
     if OF_VALUE:
         _copy_heads(
-            x_ptr + 2 * heads * D, value_ptr + out, token, tokens, D, qkv_token, tokens * D, D, first, last,
+            x_ptr + 2 * heads * D, value_ptr + out, token, tokens, D, qkv_token, D, heads * D, first, last,
             D, WIDTH,
         )  # fmt: skip
 
@@ -286,7 +286,7 @@ def qk_norm_rope_fwd(
     key: Tensor,
     value: Tensor | None,
 ) -> None:
-    """Fills query, key and, where there is one, value [B, heads, N, d], all dense."""
+    """Fills query, key and, where there is one, value [B, heads, N, d], each dense as [B, N, heads, d]."""
     batch, tokens, channels = qkv.shape
     qkv = _dense(qkv)
     tile = tile_of(batch, tokens, heads, channels // (3 * heads))

@@ -163,6 +163,7 @@ def open_diffusion(name: str, options: Sample, console: Console) -> DiffusionTra
         set_precision(deterministic=True)
     model = load_transformer(name, device).requires_grad_(False)
     model.compute_dtype = compute_dtype(options.model.dtype, device)
+    model.cast_weights()
     config = model.config
     say(
         console,

@@ -238,3 +238,14 @@ def test_registered_operations() -> None:
     for asked in ((True, True), (True, False), (False, True)):
         given = (torch.randn_like(x), scale, branch, *asked)
         torch.library.opcheck(torch.ops.vfmvae.gated_residual_backward.default, given)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_float32_tokens_give_16_bit_results_and_gradients_of_both(norm: str, poisoned_empty: None) -> None:
+    x, shift, scale, weight, _ = inputs_of((2, 5, 12), torch.float32)
+    given = [x, shift.bfloat16(), scale.bfloat16(), weight]
+    op = partial(ops.norm_modulate, norm=norm, dtype=torch.bfloat16)
+    kernel, eager = (with_gradients(op, given, fused) for fused in ("triton", False))
+    for one, other in zip(kernel, eager, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one.float(), other.float(), rtol=2e-2, atol=2e-2)

@@ -194,3 +194,15 @@ def test_the_kernels_say_what_they_do_not_take() -> None:
         ops.gated_residual(x, scale, branch.double(), fused="triton")
     with pytest.raises(ValueError, match="4096 channels, not 5000"):
         ops.norm_modulate(torch.ones(1, 1, 5000), None, torch.ones(1, 5000), fused="triton")
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_the_result_may_have_another_dtype_than_the_tokens(norm: Any) -> None:
+    """Float32 tokens read by 16-bit products: rounded once, at the end, and gradients in float32."""
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scale = torch.full((2, 8), 0.5, dtype=torch.bfloat16)
+    out = ops.norm_modulate(x, None, scale, norm=norm, dtype=torch.bfloat16)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, ops.norm_modulate(x, None, scale, norm=norm).bfloat16())
+    out.sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32

@@ -106,7 +106,9 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.width)) if config.norm == "rms" else None
 
     def forward(self, x: Tensor, shift: Tensor | None, scale: Tensor, fused: bool) -> Tensor:
-        return ops.norm_modulate(x, shift, scale, self.weight, norm=self.kind, eps=NORM_EPS, fused=fused)
+        return ops.norm_modulate(
+            x, shift, scale, self.weight, norm=self.kind, eps=NORM_EPS, dtype=scale.dtype, fused=fused
+        )
 
 
 class DiTBlock(nn.Module):

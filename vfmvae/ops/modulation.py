@@ -32,6 +32,7 @@ def norm_modulate(
     *,
     norm: Norm = "layer",
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
     fused: Fused = True,
 ) -> Tensor:
     """norm(x) * weight * (1 + scale) + shift, where scale and shift are those of the token's sample.
@@ -41,11 +42,12 @@ def norm_modulate(
         shift, scale: [B, C] in any floating dtype, rows of any stride; a shift of None adds nothing.
         weight: [C], the norm's own factor; None for 1.
         norm: "layer" (x - mean) / sqrt(variance + eps), "rms" x / sqrt(mean(x^2) + eps); over channels.
+        dtype: of the result; None for x's. A float32 stream of tokens may be read by 16-bit products.
         fused: "triton" reads x once and rounds once; it keeps x and each token's mean and deviation for the
             backward.
 
     Returns:
-        [B, N, C] in x.dtype.
+        [B, N, C] in `dtype`.
 
     Raises:
         ValueError: tensors of other shapes or on other devices, an unknown norm.
@@ -55,11 +57,17 @@ def norm_modulate(
         raise ValueError(f'norm is {norm!r}; it must be "layer" or "rms"')
     row = (x.shape[0], x.shape[2])
     check_tensors(x, ("shift", shift, row), ("scale", scale, row), ("weight", weight, row[1:]))
-    return _NORM_MODULATE(fused, x, shift, scale, weight, norm, eps)
+    return _NORM_MODULATE(fused, x, shift, scale, weight, norm, eps, dtype or x.dtype)
 
 
 def norm_modulate_reference(
-    x: Tensor, shift: Tensor | None, scale: Tensor, weight: Tensor | None, norm: Norm, eps: float
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    norm: Norm,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normalise = F.layer_norm if norm == "layer" else F.rms_norm
@@ -68,8 +76,8 @@ def norm_modulate_reference(
     if weight is not None:
         factor = factor * weight.to(wide.dtype)
     if shift is None:
-        return (normed * factor[:, None]).to(x.dtype)
-    return torch.addcmul(shift.to(wide.dtype)[:, None], normed, factor[:, None]).to(x.dtype)
+        return (normed * factor[:, None]).to(dtype)
+    return torch.addcmul(shift.to(wide.dtype)[:, None], normed, factor[:, None]).to(dtype)
 
 
 def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, *, fused: Fused = True) -> Tensor:
@@ -102,21 +110,33 @@ def _check_tokens(x: Tensor) -> None:
 
 
 def _run_norm(
-    x: Tensor, shift: Tensor | None, scale: Tensor, weight: Tensor | None, centred: bool, eps: float
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    centred: bool,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The result, and of each token the mean, if centred, and 1 / deviation: [1 or 2, B, N] float32."""
     from vfmvae.kernels.modulation import norm_modulate_fwd
 
-    out, table = _norm_fake(x, shift, scale, weight, centred, eps)
+    out, table = _norm_fake(x, shift, scale, weight, centred, eps, dtype)
     if x.numel():
         norm_modulate_fwd(x, shift, scale, weight, centred, eps, out, table)
     return out, table
 
 
 def _norm_fake(
-    x: Tensor, shift: Tensor | None, scale: Tensor, weight: Tensor | None, centred: bool, eps: float
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    centred: bool,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
     return out, torch.empty((1 + centred, *x.shape[:2]), dtype=torch.float32, device=x.device)
 
 
@@ -170,7 +190,7 @@ def _norm_backward_fake(
 
 
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, shift, scale, weight, _, _ = inputs
+    x, shift, scale, weight, *_ = inputs
     ctx.dtypes = [None if t is None else t.dtype for t in (shift, scale, weight)]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, scale, weight, output[1])
@@ -188,13 +208,19 @@ def _norm_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, .
     results.append(next(rows).to(of_shift) if needs[1] else None)
     results.append(next(rows).to(of_scale) if needs[2] else None)
     results.append(next(found).to(of_weight) if needs[3] else None)
-    return (*results, None, None)
+    return (*results, None, None, None)
 
 
 def _norm_modulate_triton(
-    x: Tensor, shift: Tensor | None, scale: Tensor, weight: Tensor | None, norm: Norm, eps: float
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    norm: Norm,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    return _norm_modulate(x, shift, scale, weight, norm == "layer", eps)[0]
+    return _norm_modulate(x, shift, scale, weight, norm == "layer", eps, dtype)[0]
 
 
 def _run_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def qk_norm_rope(
             writes the gradient of qkv in one pass.
 
     Returns:
-        query, key, value: [B, heads, N, d] in qkv.dtype, of any strides. The value may be a view of qkv.
+        query, key, value: [B, heads, N, d] in qkv.dtype, of any strides. The value may be a view of qkv, and
+        without norms and rotation all three are.
 
     Raises:
         ValueError: tensors of other shapes or on other devices, an unknown norm, an odd d with a rotation.
@@ -77,6 +78,9 @@ def qk_norm_rope(
             raise ValueError(f"a rotation needs heads of even width, not {width}")
         shape = (qkv.shape[1], width)
         check_tensors(qkv, ("the rotation's cos", rotation[0], shape), ("its sin", rotation[1], shape))
+    if query_norm is None and key_norm is None and rotation is None:
+        query, key, value = _parts(qkv, heads)  # as they lie in it
+        return query, key, value
     return _QK_NORM_ROPE(fused, qkv, heads, query_norm, key_norm, rotation)
 
 
@@ -87,8 +91,13 @@ def qk_norm_rope_reference(
     key_norm: QKNorm | None,
     rotation: Rotation | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    query, key, value = _parts(qkv, heads)
     return _prepared(query, query_norm, rotation), _prepared(key, key_norm, rotation), value
+
+
+def _parts(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values [B, heads, N, d], views of qkv."""
+    return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 def _prepared(x: Tensor, norm: QKNorm | None, rotation: Rotation | None) -> Tensor:
@@ -175,8 +184,9 @@ _Norm = tuple[str, Tensor | None, Tensor | None, float]
 
 def _empty_heads(qkv: Tensor, heads: int) -> Tensor:
     batch, tokens, channels = qkv.shape
-    shape = (batch, heads, tokens, channels // (3 * heads))
-    return torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
+    shape = (batch, tokens, heads, channels // (3 * heads))
+    # Attention's result has the layout of its queries, and its heads are joined without a copy in this one.
+    return torch.empty(shape, dtype=qkv.dtype, device=qkv.device).transpose(1, 2)
 
 
 def _fake(
