@@ -56,7 +56,10 @@ def test_published_recipes_are_the_published_runs() -> None:
     ("changes", "sentence"),
     [
         ({"latents": None}, "neither latents nor data is given: name a folder of latents"),
-        ({"data": "scenes"}, "latents and data are both given"),
+        (
+            {"data": "scenes"},
+            r"latents \(made\) and data \(scenes\) are both given; take away the recipe's with --data None",
+        ),
         ({"encoder": EncoderConfig(name="mini")}, "encoder sees images, and latents come without them"),
         ({"stages": ()}, "stages is empty"),
         ({"statistics_images": 1}, "statistics_images is 1; it must be at least 2"),

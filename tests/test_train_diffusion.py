@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from vfmvae.diffusion.files import tokenizer_hash_of
 from vfmvae.diffusion.flow import TimeConfig
 from vfmvae.diffusion.sampling import sample_noise
 from vfmvae.diffusion_config import DiffusionConfig
+from vfmvae.diffusion_inputs import ImageInputs
 from vfmvae.serialization import to_json
 from vfmvae.training.diffusion_stage import DiffusionLosses
 from vfmvae.training.guard import SafetyConfig
@@ -250,6 +252,27 @@ def test_a_model_of_pixels_needs_no_tokenizer_for_its_pictures(tmp_path: Path) -
         assert picture.size == (8 * 128, 128)
 
 
+def test_the_statistics_of_images_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(
+        data="scenes",
+        tokenizer=str(save_tiny(tmp_path / "tokenizer")),
+        diffusion=replace(PLAIN, channels=8, classes=15),
+        stages=(stage(DiffusionLosses()),),
+        statistics_images=40,
+        steps=1,
+    )
+    folder = tmp_path / "run"
+    run(config, folder)
+    std = weights(folder)["latents_std"]
+    assert (std != 1).all()
+    monkeypatch.setattr(ImageInputs, "statistics", mock.Mock(side_effect=AssertionError))
+    run(replace(config, steps=2), folder)
+    assert torch.equal(weights(folder)["latents_std"], std)
+    tuned = replace(config, initial=str(folder), seed=1)
+    run(tuned, tmp_path / "tuned")
+    assert torch.equal(weights(tmp_path / "tuned")["latents_std"], std), "as its first weights know them"
+
+
 # Mistakes
 
 
@@ -271,7 +294,7 @@ def test_a_plan_is_shown_without_latents(
             ("--latents", "absent"),
             "error: no folder absent exists; give one that `vfmvae encode` has written",
         ),
-        (("--data", "scenes"), "latents and data are both given"),
+        (("--data", "scenes"), "latents (latents) and data (scenes) are both given; take away"),
         (("--evaluation.sampling.guidance.interval", "0", "2"), "it must rise and lie in [0, 1]"),
         (("--recipe", "demo"), "unknown recipe 'demo'; known: diffusion_demo, vfm_vae_reg_xl"),
     ],

@@ -63,9 +63,14 @@ class DiffusionConfig(RunConfig):
         if not self.stages:
             raise ValueError("stages is empty; a run needs at least one")
         if (self.latents is None) == (self.data is None):
-            what = "neither latents nor data is" if self.data is None else "latents and data are both"
+            if self.data is None:
+                raise ValueError(
+                    "neither latents nor data is given: name a folder of latents (vfmvae encode makes them),"
+                    " or a data set"
+                )
             raise ValueError(
-                f"{what} given: name a folder of latents (vfmvae encode makes them), or a data set"
+                f"latents ({self.latents}) and data ({self.data}) are both given; take away the recipe's with"
+                f" --data None or --latents None"
             )
         if self.latents is not None and self.encoder is not None:
             raise ValueError(

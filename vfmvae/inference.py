@@ -69,10 +69,18 @@ def open_tokenizer(options: ModelOptions, console: Console) -> tuple[str, Tokeni
 def latest_tokenizer() -> Path:
     """The run in runs/ whose model was written last; ValueError if there is none."""
     runs = [RunFolder(path) for path in RUNS.glob("*") if path.is_dir()]
-    trained = [run for run in runs if run.model.exists() and not is_diffusion(read_json(run.config))]
+    trained = [run for run in runs if run.model.exists() and not _trains_diffusion(run)]
     if not trained:
         raise ValueError(f"no trained tokenizer lies in {RUNS}/; give one with --tokenizer FOLDER or hub id")
     return max(trained, key=lambda run: run.model.stat().st_mtime).path
+
+
+def _trains_diffusion(run: RunFolder) -> bool:
+    """Whether its config says so; one that cannot be read is named where the run is loaded, if it is."""
+    try:
+        return is_diffusion(read_json(run.config))
+    except ValueError:
+        return False
 
 
 def check_resolution(tokenizer: Tokenizer, resolution: int | None) -> None:

@@ -31,7 +31,7 @@ from vfmvae.training.logging import short_count
 TEMPLATE = Path(__file__).with_suffix(".html")
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#d4a106", "#0891b2", "#db2777")
 SECTIONS = {
-    "evaluation": "Held-out images",
+    "evaluation": "Evaluation",
     "losses": "Losses",
     "rates": "Learning rates",
     "speed": "Speed and memory",
