@@ -42,7 +42,7 @@ from convergence_diffusion import (
     alignment,
     balanced_labels,
     block_alignment,
-    mean_and_spread,
+    median_of,
     normalised,
     sample_noise,
     steps_to_reach,
@@ -327,7 +327,7 @@ def reaching(runs: Sequence[dict[str, Any]], budget: Budget) -> dict[str, Any]:
             ]
             found[f"{kind}{' with REPA' if repa else ''}"] = {
                 "seeds": [reach._asdict() for reach in reached],
-                **mean_and_spread([reach.ratio for reach in reached]),
+                "median": median_of(reached)._asdict(),
             }
     return found
 
@@ -351,7 +351,7 @@ def show(result: dict[str, Any], where: str) -> None:
         seeds = ", ".join(str(Reach(**seed)) for seed in reach["seeds"])
         print(
             f"steps (a) needs / steps {NAMES[kind][:3]} needs to reach (a)'s final distance"
-            f"{', ' + repa if repa else ''}: {reach['median']:.2f} (seeds: {seeds})"
+            f"{', ' + repa if repa else ''}: {Reach(**reach['median'])} (seeds: {seeds})"
         )
     wall, cpu = (sum(part[what] for part in result["seconds"].values()) for what in ("wall", "cpu"))
     print(f"{wall:.0f} s in all, {cpu:.0f} s of CPU time; {where}")

@@ -216,14 +216,9 @@ def _crossing(steps: Sequence[int], values: Sequence[float], goal: float) -> flo
     return None
 
 
-def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
-    found = torch.tensor(values, dtype=torch.float64)
-    return {
-        "mean": found.mean().item(),
-        "median": found.median().item(),
-        "lowest": found.min().item(),
-        "highest": found.max().item(),
-    }
+def median_of(reached: Sequence[Reach]) -> Reach:
+    """The middle one of an odd number of seeds, a bound if that is one; of an even number the lower."""
+    return sorted(reached, key=lambda reach: reach.ratio)[(len(reached) - 1) // 2]
 
 
 def balanced_labels(count: int, classes: int, device: torch.device) -> Tensor:

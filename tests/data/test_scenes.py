@@ -76,6 +76,10 @@ def test_flip_and_side_are_limits_of_the_same_scene() -> None:
     source = Scenes("train", 64)
     plain, mirrored = (source.batch(0, 32, CropConfig((0.7, 0.7), flip))["image"] for flip in (0.0, 1.0))
     assert torch.equal(mirrored, plain.flip(3))
+    massive = [number for number, label in enumerate(source.batch(0, 64)["label"]) if label < 6]
+    near, nearer = (source.read(massive, CropConfig((side, side)))["image"].int() for side in (0.3, 0.1))
+    middle = (near - nearer)[:, :, 24:40, 24:40]
+    assert len(massive) > 10 and not middle.any(), "a disc or square that fills the image grows no more"
     assert torch.equal(source.batch(0, 32)["label"], source.batch(0, 32, CropConfig((0.7, 0.7)))["label"])
 
 

@@ -7,8 +7,8 @@ colours and texture, the light's direction and strength, and the shadow.
 
 Image number i of a split is a function of (seed, split, i) alone, and of the limits of a CropConfig: `side`
 is the share of the scene that a training image shows, so an object at 0.5 is twice as large as at 1. Objects
-stay inside the image at every side. Distances to outlines are exact enough to draw edges one pixel soft, so
-an image at one resolution is the same scene as at another.
+stay inside the image at every side, so below 0.44 they are no larger. Distances to outlines are exact enough
+to draw edges one pixel soft, so an image at one resolution is the same scene as at another.
 
 Legend for shape comments: B images, R resolution.
 """
@@ -33,6 +33,7 @@ VALIDATION_IMAGES = 40 * len(CLASSES)
 SMALLEST, LARGEST = 32, 256  # resolutions
 RADIUS = 0.42
 """Of an object where the image shows half of the scene, in sides of the image."""
+LARGEST_RADIUS = 0.48  # objects grow no more where less is shown
 WAVES = 4  # that a background's texture is a sum of
 
 Array = NDArray[Any]  # float32
@@ -129,7 +130,7 @@ def render(
     axis = ((np.arange(resolution, dtype=np.float32) + 0.5) / resolution - 0.5)[None]
     x, y = axis[:, None, :], axis[:, :, None]  # [1, 1, R], [1, R, 1] in sides of the image, centre 0
     shown, mirrored = draw(*crops.side), (draw() < crops.flip)[:, 0, 0]
-    radius = RADIUS * 0.5 / shown * draw(0.85, 1.0)
+    radius = np.minimum(RADIUS * 0.5 / shown * draw(0.85, 1.0), LARGEST_RADIUS)
     room = 0.5 - radius
     left, top, turn = draw(-1, 1) * room, draw(-1, 1) * room, draw(-np.pi, np.pi)
     light, height = draw(-np.pi, np.pi), draw(0.5, 1.0)
