@@ -30,8 +30,7 @@ from vfmvae.diffusion import TransformerConfig
 from vfmvae.diffusion_config import DiffusionConfig
 from vfmvae.diffusion_inputs import ImageInputs, LatentInputs, Source, known_labels, open_source
 from vfmvae.encoders import EncoderConfig, build_encoder
-from vfmvae.inference import tokenizer_hash
-from vfmvae.tokenizer.files import load_tokenizer
+from vfmvae.tokenizer.files import load_tokenizer, tokenizer_hash
 from vfmvae.training.diffusion_stage import DiffusionLosses
 from vfmvae.training.draws import StepDraws
 

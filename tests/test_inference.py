@@ -18,8 +18,8 @@ from vfmvae.inference import (
     latest_tokenizer,
     memory_errors,
     open_tokenizer,
-    tokenizer_hash,
 )
+from vfmvae.tokenizer.files import tokenizer_hash
 
 
 def test_the_latest_trained_run_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

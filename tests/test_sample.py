@@ -19,8 +19,8 @@ from vfmvae.diffusion import DiffusionTransformer, TransformerConfig
 from vfmvae.diffusion.files import save_transformer
 from vfmvae.diffusion.sampling import sample_noise
 from vfmvae.images import to_uint8
-from vfmvae.inference import tokenizer_hash
 from vfmvae.sample_labels import label_of
+from vfmvae.tokenizer.files import tokenizer_hash
 
 CONFIG = TransformerConfig(latent_size=4, channels=8, width=32, depth=2, heads=4, classes=5)
 module = importlib.import_module("vfmvae.sample")  # `from vfmvae import sample` is the function

@@ -23,8 +23,8 @@ from vfmvae.diffusion_step import diffusion_step
 from vfmvae.training.diffusion_stage import DiffusionLosses, DiffusionStageConfig
 from vfmvae.training.ema import EmaConfig
 from vfmvae.training.engine import ComputeConfig
+from vfmvae.training.job import StepResult
 from vfmvae.training.optim import OptimizerConfig
-from vfmvae.training.run import StepResult
 from vfmvae.training.run_folder import RunFolder
 
 CHANNELS, SIZE, WIDTH, GRID = 4, 4, 6, 4

@@ -32,13 +32,12 @@ from vfmvae.data.loader import load_latents
 from vfmvae.diffusion_config import DiffusionConfig
 from vfmvae.encoders import FrozenEncoder, build_encoder
 from vfmvae.images import to_unit
-from vfmvae.inference import tokenizer_hash
 from vfmvae.tokenizer import Posterior, Tokenizer
-from vfmvae.tokenizer.files import load_tokenizer
+from vfmvae.tokenizer.files import load_tokenizer, tokenizer_hash
 from vfmvae.training.diffusion_forward import DiffusionInputs
 from vfmvae.training.distributed import first_rank_first, local_rank
 from vfmvae.training.draws import StepDraws
-from vfmvae.training.run import DataIdentity
+from vfmvae.training.job import DataIdentity
 
 LAST = -1  # the encoder's layer whose tokens are aligned with
 

@@ -23,10 +23,10 @@ from vfmvae.training.distributed import mean_over_ranks, rank, world_size
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.ema import EMA, ema_beta
 from vfmvae.training.guard import StepGuard
+from vfmvae.training.job import DataIdentity
 from vfmvae.training.optim import check_available, learning_rate, next_optimizer, set_learning_rate
 from vfmvae.training.reduction import replicated
 from vfmvae.training.regions import compile_blocks, recompute_blocks, shard
-from vfmvae.training.run import DataIdentity
 from vfmvae.training.stages import Place
 from vfmvae.training.state import TrainingState
 

@@ -50,13 +50,13 @@ from vfmvae.inference import (
     open_tokenizer,
     progress,
     say,
-    tokenizer_hash,
     write_picture,
 )
 from vfmvae.model_files import CONFIG_FILE, MODEL_FILE, find_model
 from vfmvae.sample_labels import Protocol, check_even, class_numbers, describe_labels, label_of
 from vfmvae.serialization import from_dict, read_json
 from vfmvae.tokenizer import Tokenizer
+from vfmvae.tokenizer.files import tokenizer_hash
 from vfmvae.training.device import compute_dtype, pick_device, set_precision
 from vfmvae.training.distributed import (
     first_rank_first,

@@ -37,9 +37,10 @@ from vfmvae.training.device import device_name, pick_device, slow_on_cpu
 from vfmvae.training.distributed import rank, world_size
 from vfmvae.training.evaluation import Evaluation
 from vfmvae.training.figures import write_figure
+from vfmvae.training.job import StepResult
 from vfmvae.training.joint import NAME as JOINT
 from vfmvae.training.joint import CollapseAlarm
-from vfmvae.training.run import Run, StepResult, carry_out, run_place
+from vfmvae.training.run import Run, carry_out, run_place
 from vfmvae.training.run_folder import RunFolder
 
 HEADINGS = {

@@ -24,8 +24,8 @@ from vfmvae.train_step import (
 )
 from vfmvae.training.adaptive import LIMITS
 from vfmvae.training.draws import renew
+from vfmvae.training.job import StepResult
 from vfmvae.training.recording import CudaGraph, Graph, StandingInputs
-from vfmvae.training.run import StepResult
 
 
 def recorded_steps(job: Job) -> RecordedSteps | None:

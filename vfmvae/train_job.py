@@ -35,6 +35,7 @@ from vfmvae.training.ema import EMA, EmaConfig, ema_beta
 from vfmvae.training.evaluation import HELD_OUT_IMAGES, Evaluation, evaluate
 from vfmvae.training.forward import Snapshot
 from vfmvae.training.guard import BufferGuard, StepGuard
+from vfmvae.training.job import DataIdentity
 from vfmvae.training.joint import NAME as JOINT
 from vfmvae.training.objective import Weights
 from vfmvae.training.optim import (
@@ -48,7 +49,6 @@ from vfmvae.training.optim import (
 from vfmvae.training.rates import parameter_groups
 from vfmvae.training.recording import StandingInputs, check_recordable
 from vfmvae.training.reduction import reducing, replicated
-from vfmvae.training.run import DataIdentity
 from vfmvae.training.stages import TERMS, Place, StageConfig
 from vfmvae.training.state import TrainingState
 

@@ -32,6 +32,7 @@ from vfmvae.training.adversary import TERMS_OF, Adversary
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.forward import StepOutput
 from vfmvae.training.guard import clipped_update
+from vfmvae.training.job import StepResult
 from vfmvae.training.objective import (
     Weights,
     alignment_gradients,
@@ -46,7 +47,6 @@ from vfmvae.training.objective import (
 )
 from vfmvae.training.optim import scale_gradients
 from vfmvae.training.reduction import reduce_unsharded, reducing, settle_unused
-from vfmvae.training.run import StepResult
 
 TOKENIZER, DISCRIMINATOR, GENERATOR, SECOND_FORWARD, SECOND_LOOK, COMPANION = range(6)
 """Streams of random draws: users of one step that do not know how often the others draw. The first companion

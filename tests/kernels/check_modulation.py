@@ -227,8 +227,8 @@ def test_registered_operations() -> None:
     x, shift, scale, weight, branch = (t.detach().clone() for t in inputs_of((2, 5, 8), torch.float32))
     own = [t.clone().requires_grad_() for t in (x, shift, scale, weight, branch)]
     norm = torch.ops.vfmvae.norm_modulate.default
-    torch.library.opcheck(norm, (*own[:4], True, 1e-6))
-    torch.library.opcheck(norm, (own[0], None, own[2], None, False, 1e-6))
+    torch.library.opcheck(norm, (*own[:4], True, 1e-6, x.dtype))
+    torch.library.opcheck(norm, (own[0], None, own[2], None, False, 1e-6, x.dtype))
     backward = torch.ops.vfmvae.norm_modulate_backward.default
     table = torch.rand(2, 2, 5, device=DEVICE)
     for asked in ((True, True, True, True), (False, False, True, False), (True, False, False, False)):

@@ -78,7 +78,7 @@ def qk_norm_rope(
             raise ValueError(f"a rotation needs heads of even width, not {width}")
         shape = (qkv.shape[1], width)
         check_tensors(qkv, ("the rotation's cos", rotation[0], shape), ("its sin", rotation[1], shape))
-    if query_norm is None and key_norm is None and rotation is None:
+    if query_norm is key_norm is rotation is None and not isinstance(fused, str):
         query, key, value = _parts(qkv, heads)  # as they lie in it
         return query, key, value
     return _QK_NORM_ROPE(fused, qkv, heads, query_norm, key_norm, rotation)
