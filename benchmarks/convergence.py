@@ -192,8 +192,8 @@ class Convergence:
             self.side_by_side(lambda arm: train_arm(arm, self.pool, steps, size, advance), self.arms.values())
         with self.stage("latents"):
             vfm = self.arms["vfm"].tokenizer
-            self.targets = encoder_targets(vfm, self.pool)
-            self.encoder_features = encoder_targets(vfm, self.held_out).mean(dim=1)
+            self.targets = encoder_targets(vfm, self.pool, budget.patch)
+            self.encoder_features = encoder_targets(vfm, self.held_out, budget.patch).mean(dim=1)
             encoded = {kind: encode_pool(arm, self.pool) for kind, arm in self.arms.items()}
             held_out = {kind: encode_pool(arm, self.held_out) for kind, arm in self.arms.items()}
         self.scales: dict[Kind, tuple[Tensor, Tensor]] = {}
@@ -230,7 +230,7 @@ class Convergence:
         config = TransformerConfig(
             latent_size=RESOLUTION // budget.downsample,
             channels=budget.latent_channels,
-            patch=1,
+            patch=budget.patch,
             width=budget.width,
             depth=budget.depth,
             heads=budget.heads,

@@ -25,7 +25,8 @@ class Budget:
     decoder: DecoderConfig
     tokenizer_steps: int
     tokenizer_batch: int
-    width: int  # of the diffusion models
+    patch: int  # of the diffusion models: latent positions along an axis of a token
+    width: int
     depth: int
     heads: int
     alignment_depth: int
@@ -40,7 +41,7 @@ class Budget:
 
 BUDGETS = {
     "cpu": Budget(
-        images=3072,
+        images=2048,
         held_out=300,
         places=768,
         encoder_depth=3,
@@ -48,8 +49,8 @@ BUDGETS = {
         encoder_batch=24,
         classifier_width=12,
         classifier_steps=400,
-        latent_channels=16,
-        downsample=16,
+        latent_channels=8,
+        downsample=8,
         fusion_width=16,
         decoder=DecoderConfig(
             channel_base=1024,
@@ -61,8 +62,9 @@ BUDGETS = {
             attention_depths=(),
             style_width=32,
         ),
-        tokenizer_steps=140,
+        tokenizer_steps=220,
         tokenizer_batch=8,
+        patch=2,
         width=64,
         depth=3,
         heads=4,
@@ -97,6 +99,7 @@ BUDGETS = {
         ),
         tokenizer_steps=1200,
         tokenizer_batch=64,
+        patch=1,
         width=256,
         depth=6,
         heads=8,

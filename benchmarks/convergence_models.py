@@ -210,7 +210,7 @@ def tokenizer_config(
 def train_arm(arm: Arm, pool: Pool, steps: int, batch_size: int, advance: Advance) -> None:
     """L1 at every scale, KL, and the VF loss with its adaptive weight; the same images for every arm."""
     device = pool.images.device
-    optimizer = torch.optim.Adam(arm.trained(), lr=2e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(arm.trained(), lr=3e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
     generator = torch.Generator(device).manual_seed(0)
     balance = torch.ones((), device=device)
@@ -266,13 +266,18 @@ def encode_pool(arm: Arm, pool: Pool) -> Encoded:
 
 
 @torch.no_grad()
-def encoder_targets(tokenizer: Tokenizer, pool: Pool) -> Tensor:
-    """The frozen encoder's last tokens of a pool, averaged over each latent position: [N, h * w, WIDTH]."""
+def encoder_targets(tokenizer: Tokenizer, pool: Pool, patch: int) -> Tensor:
+    """The frozen encoder's last tokens of a pool, averaged over each token of the diffusion models.
+
+    `patch`: latent positions along one axis of such a token. [N, tokens, WIDTH].
+    """
     side = tokenizer.config.resolution // tokenizer.config.downsample
     found = []
     for images in in_parts(pool.images):
         blank = torch.zeros(len(images), tokenizer.config.latent_channels, side, side, device=images.device)
-        found.append(tokenizer.alignment_pair(blank, tokenizer.features(images))[1])
+        at_latents = tokenizer.alignment_pair(blank, tokenizer.features(images))[1]
+        grid = at_latents.transpose(1, 2).unflatten(2, (side, side))
+        found.append(F.avg_pool2d(grid, patch).flatten(2).transpose(1, 2))
     return torch.cat(found)
 
 

@@ -136,7 +136,7 @@ def test_stacked_runs_are_the_runs_alone() -> None:
 
 
 def test_the_tokenizers_differ_in_their_encoders_alone() -> None:
-    config = models.tokenizer_config(2, 16, 16, 16, TINY.decoder)
+    config = models.tokenizer_config(2, 16, 16, 16, TINY.decoder)  # four of the encoder's tokens per latent
     arms = {}
     for kind in models.KINDS:
         torch.manual_seed(0)
