@@ -43,6 +43,8 @@ class DiffusionConfig(RunConfig):
     stages: tuple[DiffusionStageConfig, ...] = (DiffusionStageConfig(),)
     engine: ComputeConfig = field(default_factory=lambda: ComputeConfig(clip_norm=1.0))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    data: str | None = None
+    """Image folder, tar shards, saved data set or parquet (docs/data.md), or scenes for drawn images."""
     latents: str | None = None
     """A folder that `vfmvae encode` has written; instead of data."""
     tokenizer: str | None = None
@@ -137,6 +139,11 @@ def check_same_diffusion(config: DiffusionConfig, earlier: DiffusionConfig) -> N
             f" start a new run instead"
         )
     for stage, before in zip(config.stages, earlier.stages, strict=True):
+        if stage.path != before.path:
+            raise ValueError(
+                f"a resumed run cannot change path of its stage {stage.name!r} from {before.path} to"
+                f" {stage.path}; start a new run instead"
+            )
         for what in ("kind", "betas", "implementation"):
             now, then = getattr(stage.optimizer, what), getattr(before.optimizer, what)
             if now != then and not {now, then} <= {"torch", "triton"}:  # whose state is the same

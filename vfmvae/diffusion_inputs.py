@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +34,7 @@ from vfmvae.images import to_unit
 from vfmvae.tokenizer import Posterior, Tokenizer
 from vfmvae.tokenizer.files import load_tokenizer, tokenizer_hash
 from vfmvae.training.diffusion_forward import DiffusionInputs
-from vfmvae.training.distributed import first_rank_first, local_rank
+from vfmvae.training.distributed import first_rank_first, local_rank, mean_over_ranks, rank, world_size
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.job import DataIdentity
 
@@ -235,27 +234,25 @@ class ImageInputs:
 
     @torch.no_grad()
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Of the first `statistics_images` training images in the seed's order, in float64.
+        """Of the first `statistics_images` training images in the seed's order, in float64; a collective.
 
-        Each image is one draw of its posterior.
+        Each image is one draw of its posterior. Every process encodes a part of them.
         """
         if self.tokenizer is None:
             return torch.zeros(3), torch.ones(3)
-        count, size = self.config.statistics_images, 32
-        total, squares = torch.zeros(
-            2, self.config.diffusion.channels, dtype=torch.float64, device=self.device
-        )
+        size = 32
+        each = -(-self.config.statistics_images // (size * world_size()))  # batches of a process
+        numbers = range(rank() * each, (rank() + 1) * each)
+        sums = torch.zeros(2, self.config.diffusion.channels, dtype=torch.float64, device=self.device)
         seen = 0
-        for number, batch in enumerate(
-            islice(self.batches(range(-(-count // size)), size), -(-count // size))
-        ):
+        for number, batch in zip(numbers, self.batches(numbers, size), strict=True):
             draws = StepDraws(self.config.seed, number, self.device, 0, size, size, STATISTICS)
             latents = self.inputs(batch, draws).latents.double()
-            total = total + latents.sum(dim=(0, 2, 3))
-            squares = squares + latents.square().sum(dim=(0, 2, 3))
-            seen += latents.numel() // latents.shape[1]
-        mean = total / seen
-        std = (squares / seen - mean.square()).clamp_min(0).sqrt()
+            sums += torch.stack([latents, latents.square()]).sum(dim=(1, 3, 4))
+            seen += latents[:, 0].numel()
+        means = sums / seen
+        mean_over_ranks(means)
+        mean, std = means[0], (means[1] - means[0].square()).clamp_min(0).sqrt()
         if not mean.isfinite().all() or not (std > 0).all():
             raise ValueError(
                 f"the latents of {self.config.tokenizer} on {self.name} are not finite, or a channel does not"

@@ -108,6 +108,8 @@ class Sample:
     run shifted its times in training, on top of that."""
     seed: int = 0
     """Start of every random draw."""
+    other_tokenizer: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Decode by another tokenizer than the model was trained with, such as one whose decoder was trained on."""
     png: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write every image as a PNG too."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -119,7 +121,8 @@ class Sample:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
         if self.sampler == "dopri5" and self.steps is not None:
             raise ValueError(f"steps is {self.steps}; sampler 'dopri5' chooses its own")
-        if self.guide is not None and self.guidance == 1:
+        guided = self.guidance != 1 or self.class_token_guidance not in (None, 1)
+        if self.guide is not None and not guided:
             raise ValueError("guide does nothing with guidance 1; give --guidance above 1")
         self.settings()
         if self.classes != "all" and not all(part.strip().isdecimal() for part in self.classes.split(",")):
@@ -335,8 +338,11 @@ def open_models(options: Sample, console: Console) -> tuple[Models, str | None]:
     known = tokenizer_hash_of(folder)
     if known is None:
         say(console, "note: which tokenizer this model was trained with is unknown")
-    elif known != tokenizer_hash(tokenizer):
-        say(console, "note: the model was trained on latents of another tokenizer")
+    elif known != tokenizer_hash(tokenizer) and not options.other_tokenizer:
+        raise UsageError(
+            f"the model was trained on latents of another tokenizer than {name}; give that one as --tokenizer,"
+            f" or add --other-tokenizer if only its decoder differs"
+        )
     return models, name
 
 

@@ -13,6 +13,7 @@ works on in train_job.py.
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from vfmvae.diffusion.files import save_transformer
 from vfmvae.encoders.base import feature_dtype
 from vfmvae.model_files import write_state
 from vfmvae.ops import attention_choices
+from vfmvae.tokenizer.files import tokenizer_hash
 from vfmvae.train_arguments import parse_arguments
 from vfmvae.train_graphs import recorded_steps
 from vfmvae.train_job import Job
@@ -109,9 +111,12 @@ class TokenizerRun(Run[Job, Evaluation]):
         if joint is None or rank() != 0:
             return
         (companion,) = (c for c in self.job.companions if c.name == JOINT)
+        with self.job.ema.applied():
+            of_tokenizer = tokenizer_hash(self.job.tokenizer)
+        stage = {"path": joint.config.path, "time": asdict(joint.config.time)}
         with companion.average.applied():
             joint.take_statistics()
-            save_transformer(joint.transformer, self.folder.path / JOINT)
+            save_transformer(joint.transformer, self.folder.path / JOINT, of_tokenizer, [stage])
 
     def announce(self) -> None:
         """What trains and how large it is; on what device, in what dtype, with what operations."""

@@ -34,7 +34,7 @@ IGNORED = {
     *("batch_size", "allow_tf32", "mixed_precision", "epochs", "max_train_steps", "checkpointing_steps"),
     *("gradient_accumulation_steps", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay"),
     *("adam_epsilon", "max_grad_norm", "seed", "num_workers", "cfg_prob", "enc_type", "proj_coeff"),
-    *("weighting", "legacy"),
+    *("weighting", "legacy", "cls", "ops_head"),
 }
 PATHS = dict.fromkeys(("Linear", "linear"))
 PREDICTIONS = dict.fromkeys(("velocity", "v"))

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,10 @@ from vfmvae.training.diffusion_forward import (
     noised,
 )
 from vfmvae.training.diffusion_stage import DiffusionLosses, DiffusionObjective
-from vfmvae.training.distributed import mean_over_ranks
+from vfmvae.training.distributed import mean_over_ranks, world_size
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.optim import OptimizerConfig
+from vfmvae.training.regions import keeping_graphs
 
 NAME = "diffusion"
 """Of the companion, and of the folder below the run's that its model is saved in."""
@@ -96,7 +97,8 @@ class LatentNorm(nn.Module):
     @torch.no_grad()
     def of_batch(self, latents: Tensor) -> Tensor:
         """By the statistics of this batch, which move the running ones; without a graph."""
-        mean, variance, count = self._statistics(latents)
+        mean, variance = self._statistics(latents)
+        count = latents[:, 0].numel() * world_size()
         self.mean.lerp_(mean, self.MOMENTUM)
         self.variance.lerp_(variance * (count / max(count - 1, 1)), self.MOMENTUM)
         return (latents - mean[:, None, None]) / (variance + self.EPS).sqrt()[:, None, None]
@@ -104,17 +106,20 @@ class LatentNorm(nn.Module):
     @torch.no_grad()
     def begin(self, latents: Tensor) -> None:
         """Take the statistics of these latents as the running ones."""
-        mean, variance, _ = self._statistics(latents)
+        mean, variance = self._statistics(latents)
         self.mean.copy_(mean)
         self.variance.copy_(variance)
 
     @staticmethod
-    def _statistics(latents: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Mean and variance per channel, over all processes, and how many numbers of this one they are of."""
+    def _statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance per channel, over all processes."""
         values = latents.float()
-        mean, square = values.mean(dim=(0, 2, 3)), values.square().mean(dim=(0, 2, 3))
-        mean_over_ranks(mean, square)
-        return mean, (square - mean.square()).clamp_min(0), values[:, 0].numel()
+        mean = values.mean(dim=(0, 2, 3))
+        mean_over_ranks(mean)
+        # Of what is left: squares of a large mean would cancel.
+        variance = (values - mean[:, None, None]).square().mean(dim=(0, 2, 3))
+        mean_over_ranks(variance)
+        return mean, variance
 
 
 class JointDiffusion(nn.Module):
@@ -140,8 +145,8 @@ class JointDiffusion(nn.Module):
         target = alignment_target(inputs, self.transformer, self.config)
 
         with holding_still(self.transformer):
-            # The same draws as below.
-            at = noised(inputs, self.config, copy.copy(draws), null)
+            # The same draws as below; in eval mode, as published, no label is dropped.
+            at = noised(inputs, replace(self.config, label_dropout=0.0), copy.copy(draws), null)
             projected = self.transformer.project(at.x, at.t, at.labels)
         of_latents = alignment_loss(projected, target)
 
@@ -160,13 +165,18 @@ class JointDiffusion(nn.Module):
 
 
 @contextmanager
-def holding_still(model: nn.Module) -> Iterator[None]:
-    """While entered, what the model computes has a graph to its inputs, and none to its parameters."""
+def holding_still(model: DiffusionTransformer) -> Iterator[None]:
+    """While entered, what the model computes has a graph to its inputs, and none to its parameters.
+
+    Blocks keep their graphs, whatever the engine says: computed again in the backward pass, they would have
+    graphs to their parameters.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
-        yield
+        with keeping_graphs(model.blocks):
+            yield
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -204,9 +214,9 @@ class CollapseAlarm:
         found = []
         for name in (VARIANCE, VARIATION):
             value = means.get(name, math.nan)
-            if not math.isfinite(value):
+            if not math.isfinite(value) or name not in self.first and value == 0:
                 continue
-            share = value / self.first.setdefault(name, value) if self.first.get(name, value) else 1.0
+            share = value / self.first.setdefault(name, value)
             sentence = f"{name} is {value:.3g}, {share:.2%} of the {self.first[name]:.3g} it began with"
             if share < self.STOP:
                 raise FloatingPointError(
