@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_diffusion import MODEL, PLAIN, SIZE, stage, tiny
+from tests.tiny_diffusion import CHANNELS, CLASSES, MODEL, PLAIN, SIZE, WIDTH, fill, stage, tiny
 from vfmvae.diffusion.files import is_diffusion
 from vfmvae.diffusion.guidance import Guidance
 from vfmvae.diffusion_config import (
@@ -18,9 +18,11 @@ from vfmvae.diffusion_config import (
     check_same_diffusion,
     read_diffusion_config,
 )
+from vfmvae.diffusion_job import DiffusionJob
 from vfmvae.encoders import EncoderConfig
 from vfmvae.recipes import DIFFUSION_RECIPES
 from vfmvae.serialization import from_dict, to_json
+from vfmvae.train_arguments import DIFFUSION, parse_training
 from vfmvae.training.diffusion_stage import DiffusionLosses
 
 VELOCITY = (stage(DiffusionLosses()),)
@@ -138,3 +140,14 @@ def test_a_batch_is_shared_by_processes_and_parts() -> None:
 def test_defaults_are_filled_in() -> None:
     found = from_dict(DiffusionConfig, {"latents": "made"}, "test")
     assert found == DiffusionConfig(latents="made") and found.diffusion.latent_size == 4 * SIZE
+
+
+def test_the_demo_fits_the_folder_that_the_command_line_names(tmp_path: Path) -> None:
+    fill(tmp_path / "latents")
+    launch, _ = parse_training(DIFFUSION, ["--latents", str(tmp_path / "latents"), "--steps", "1"])
+    model = launch.run.diffusion
+    assert (model.channels, model.latent_size, model.classes) == (CHANNELS, SIZE, len(CLASSES))
+    assert model.alignment_widths == (WIDTH,) and launch.run.stages[0].losses.alignment
+    assert launch.run.data is None and launch.run.encoder is None
+    built = DiffusionJob(replace(launch.run, batch_size=2, device="cpu"))
+    assert built.steps == 1

@@ -131,8 +131,9 @@ def test_another_tokenizer_is_said_or_refused(
     other.align.weight.data.zero_()
     other.save(tmp_path / "other")
     output = ["--output", tmp_path / "out", "--count", "1", "--steps", "1"]
-    assert run(module, diffusion, "--tokenizer", tmp_path / "other", *output) == 0
-    assert "note: the model was trained on latents of another tokenizer" in capsys.readouterr().out
+    assert run(module, diffusion, "--tokenizer", tmp_path / "other", *output) == 2
+    assert "trained on latents of another tokenizer" in capsys.readouterr().err
+    assert run(module, diffusion, "--tokenizer", tmp_path / "other", "--other-tokenizer", *output) == 0
     tiny_tokenizer(tiny_config(latent_channels=4)).save(tmp_path / "narrow")
     assert run(module, diffusion, "--tokenizer", tmp_path / "narrow", "--output", tmp_path / "new") == 1
     assert "makes latents of 8 channels; this tokenizer has 4" in capsys.readouterr().err

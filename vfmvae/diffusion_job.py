@@ -110,8 +110,9 @@ class DiffusionJob:
         """
         model, known = self.transformer, self.state.numbers.get("statistics", False)
         began = known or self.config.initial is not None
-        if known and self.config.latents is None:
-            return  # measured on images when the run began
+        if began and self.config.latents is None:
+            self.state.numbers["statistics"] = True
+            return  # measured on images when this run, or that of the first weights, began
         mean, std = (x.to(self.device) for x in self.source.statistics())
         if not began:
             model.latents_mean.copy_(mean)

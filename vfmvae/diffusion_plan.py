@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from rich.console import Console
 
 from vfmvae.diffusion import DiffusionTransformer
 from vfmvae.diffusion_config import DiffusionConfig
+from vfmvae.diffusion_inputs import LatentInputs, check_classes
 
 GIB = 2**30
 BYTES_PER_PARAMETER = 4 + 4 + 8 + 4
@@ -16,6 +20,10 @@ BYTES_PER_PARAMETER = 4 + 4 + 8 + 4
 def describe(config: DiffusionConfig, console: Console) -> None:
     """Print the plan of a run; ValueError for a batch that cannot be shared as the engine is asked to."""
     plan, at_once, model = config.plan(), config.images_at_once(), config.diffusion
+    if config.latents is not None and Path(config.latents).exists():
+        # What is wrong with a folder is found here too.
+        source = LatentInputs(replace(config, verify_latents=False), None, torch.device("cpu"))
+        check_classes(source, model.classes)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in DiffusionTransformer(model).parameters())
     lines = []

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from vfmvae.config import PerceptualConfig, TrainConfig
+from vfmvae.data import Latents
 from vfmvae.data.scenes import CLASSES as SCENES
 from vfmvae.diffusion import SIZES, TransformerConfig
 from vfmvae.diffusion.flow import TimeConfig
@@ -243,6 +244,31 @@ def diffusion_demo() -> DiffusionConfig:
         threads=1,
         checkpoint_every=250,
     )
+
+
+def diffusion_demo_on(latents: str) -> DiffusionConfig:
+    """The demo on a folder of latents: a model of their size and classes, a REPA head where it has tokens.
+
+    ValueError for a folder that cannot be read.
+    """
+    alone = diffusion_demo()
+    opened = Latents(latents, verify=False)
+    values = opened.read(0, 1)
+    sample = values["latent"] if values["latent"] is not None else values["moments"]
+    assert sample is not None
+    side, features = sample.shape[-1], values["features"]
+    model = replace(
+        alone.diffusion,
+        latent_size=side,
+        channels=opened.mean.numel(),
+        patch=2 if side % 2 == 0 and side > 8 else 1,
+        classes=len(opened.classes),
+        alignment_widths=() if features is None else (features.shape[-1],),
+    )
+    (stage,) = alone.stages
+    if features is None:
+        stage = replace(stage, losses=DiffusionLosses())
+    return replace(alone, diffusion=model, stages=(stage,), data=None, encoder=None, latents=latents)
 
 
 def vfm_vae_reg_xl() -> DiffusionConfig:

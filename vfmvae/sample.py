@@ -109,7 +109,7 @@ class Sample:
     seed: int = 0
     """Start of every random draw."""
     other_tokenizer: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Decode by another tokenizer than the model was trained with, such as one whose decoder was trained on."""
+    """Decode by another tokenizer than the model was trained with, say one whose decoder was trained on."""
     png: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write every image as a PNG too."""
     model: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
@@ -340,8 +340,8 @@ def open_models(options: Sample, console: Console) -> tuple[Models, str | None]:
         say(console, "note: which tokenizer this model was trained with is unknown")
     elif known != tokenizer_hash(tokenizer) and not options.other_tokenizer:
         raise UsageError(
-            f"the model was trained on latents of another tokenizer than {name}; give that one as --tokenizer,"
-            f" or add --other-tokenizer if only its decoder differs"
+            f"the model was trained on latents of another tokenizer than {name}; give that one as"
+            f" --tokenizer, or add --other-tokenizer if only its decoder differs"
         )
     return models, name
 

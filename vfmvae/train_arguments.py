@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
@@ -14,7 +14,7 @@ import tyro
 from vfmvae.cli import UsageError, parse
 from vfmvae.config import TrainConfig, check_same_run, read_config
 from vfmvae.diffusion_config import DiffusionConfig, check_same_diffusion, read_diffusion_config
-from vfmvae.recipes import DIFFUSION_RECIPES, RECIPES
+from vfmvae.recipes import DIFFUSION_RECIPES, RECIPES, diffusion_demo_on
 from vfmvae.training.run_folder import RunFolder, latest_run_path, new_run_path
 
 DEFAULT_RECIPE = "demo"
@@ -39,9 +39,7 @@ class Launch:
 
 @dataclass
 class LaunchDiffusion:
-    """Train a diffusion transformer.
-    Example: python -m vfmvae.train_diffusion --fused --recipe vfm_vae_reg_xl --latents latents
-    """
+    """Train a diffusion transformer. Example: python -m vfmvae.train_diffusion --fused --latents latents"""
 
     recipe: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(DIFFUSION_RECIPES)}}}")] = None
     """A function of vfmvae/recipes.py, which gives the defaults of all options below; diffusion_demo if not
@@ -72,9 +70,27 @@ class TrainCommand(NamedTuple, Generic[L, C]):
     default_recipe: str
     read: Callable[[Path], C]
     check_same: Callable[[C, C], None]
+    adapt: Callable[[C, argparse.Namespace], C]
+    """Defaults that follow from other options."""
 
 
-TOKENIZER = TrainCommand("train", Launch, RECIPES, DEFAULT_RECIPE, read_config, check_same_run)
+def _as_they_are(config: TrainConfig, first: argparse.Namespace) -> TrainConfig:
+    return config
+
+
+def _for_what_it_reads(config: DiffusionConfig, first: argparse.Namespace) -> DiffusionConfig:
+    """Without the other source of latents than the command line names; the demo's model fits a folder's."""
+    named = "None" if first.latents is None else first.latents
+    if named != "None":
+        if first.config is None and not first.resume and first.recipe in (None, DIFFUSION.default_recipe):
+            return diffusion_demo_on(named)
+        return replace(config, data=None, encoder=None, latents=named)
+    if first.data not in (None, "None"):
+        return replace(config, data=first.data, latents=None)
+    return config
+
+
+TOKENIZER = TrainCommand("train", Launch, RECIPES, DEFAULT_RECIPE, read_config, check_same_run, _as_they_are)
 DIFFUSION = TrainCommand(
     "train_diffusion",
     LaunchDiffusion,
@@ -82,6 +98,7 @@ DIFFUSION = TrainCommand(
     "diffusion_demo",
     read_diffusion_config,
     check_same_diffusion,
+    _for_what_it_reads,
 )
 
 
@@ -122,6 +139,8 @@ def _first_pass(command: TrainCommand[L, C], arguments: list[str]) -> argparse.N
     parser.add_argument("--config", type=Path)
     parser.add_argument("--run-dir", "--run_dir")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--data")
+    parser.add_argument("--latents")
     try:
         first = parser.parse_known_args(arguments)[0]
     except argparse.ArgumentError as error:
@@ -151,5 +170,7 @@ def _run_name(command: TrainCommand[L, C], first: argparse.Namespace) -> str:
 
 def _defaults(command: TrainCommand[L, C], first: argparse.Namespace, earlier: C | None) -> C:
     if first.config is not None:
-        return command.read(first.config)
-    return earlier or command.recipes[first.recipe or command.default_recipe]()
+        found = command.read(first.config)
+    else:
+        found = earlier or command.recipes[first.recipe or command.default_recipe]()
+    return command.adapt(found, first)

@@ -18,10 +18,13 @@ from tests.tiny_runs import raise_layer_scales, stage, steps, tiny
 from tests.whole_runs import lines, run
 from vfmvae.config import TrainConfig
 from vfmvae.diffusion import DiffusionTransformer, TransformerConfig
+from vfmvae.diffusion.files import tokenizer_hash_of
 from vfmvae.images import to_unit
+from vfmvae.tokenizer.files import tokenizer_hash
 from vfmvae.train_job import Job
 from vfmvae.train_step import COMPANION, Part, begin, generator_backward
 from vfmvae.training.diffusion_stage import DiffusionLosses
+from vfmvae.training.engine import EngineConfig
 from vfmvae.training.joint import (
     NAME,
     VARIANCE,
@@ -91,14 +94,25 @@ def test_the_alignment_reaches_the_tokenizer_and_the_velocity_loss_does_not() ->
     assert labels is not None and labels.min() >= 0
     draws = built.draws(part.first, COMPANION)
     t, noise = draws.uniform(()), draws.normal(output.leaf.shape[1:])
-    y = torch.where(draws.uniform(()) < 0.1, 15, labels)
     leaf = output.leaf.detach().requires_grad_()
     x = (1 - t[:, None, None, None]) * (leaf - 0.0) / math.sqrt(1 + 1e-4) + t[:, None, None, None] * noise
-    (projected,) = built.joint.transformer.project(x, t, y)
+    (projected,) = built.joint.transformer.project(x, t, labels)
     loss = -F.cosine_similarity(projected, output.features[-1].detach(), dim=-1).mean()
     (expected,) = torch.autograd.grad(1.5 * loss, leaf)
     assert expected.abs().max() > 0
     torch.testing.assert_close(gradient - alone, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_blocks_that_are_computed_again_give_the_same_gradients() -> None:
+    """Those of the pass in which they hold still keep their graphs."""
+    found = []
+    for recompute in (False, True):
+        built = joint_job(engine=EngineConfig(recompute=recompute))
+        gradient, *_ = latents_gradient(built)
+        assert built.joint is not None
+        found.append([gradient, *(p.grad for p in built.joint.parameters())])
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, kept)
 
 
 def test_the_transformer_learns_from_its_own_losses_alone() -> None:
@@ -124,6 +138,16 @@ def test_the_norm_is_that_of_batch_norm_without_affine() -> None:
     torch.testing.assert_close(ours.mean, theirs.running_mean)
     torch.testing.assert_close(ours.variance, theirs.running_var)
     torch.testing.assert_close(ours(latents), theirs.eval()(latents))
+
+
+def test_the_variance_is_that_of_the_batch_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four processes with the same latents: Bessel's correction is that of four times as many."""
+    monkeypatch.setattr("vfmvae.training.joint.world_size", lambda: 4)
+    latents = torch.randn(2, 3, 2, 2)
+    norm = LatentNorm(3)
+    norm.of_batch(latents)
+    expected = 0.9 + 0.1 * latents.repeat(4, 1, 1, 1).var(dim=(0, 2, 3))
+    torch.testing.assert_close(norm.variance, expected)
 
 
 def test_a_step_that_is_skipped_leaves_the_statistics_and_the_average_as_they_were() -> None:
@@ -169,6 +193,7 @@ def test_a_run_leaves_both_models(finished: Path) -> None:
     tokenizer, model = vfmvae.load(finished), vfmvae.load(finished / NAME)
     assert isinstance(tokenizer, vfmvae.Tokenizer) and isinstance(model, DiffusionTransformer)
     assert model.config == MODEL
+    assert tokenizer_hash_of(finished / NAME) == tokenizer_hash(tokenizer)
     assert (model.latents_std > 0).all() and model.latents_mean.abs().max() > 0
     latents = vfmvae.sample(model, torch.randn(2, 32, 8, 8), torch.tensor([0, 3]), steps=2)
     assert tokenizer.decode(model.denormalise(latents)).shape == (2, 3, 64, 64)

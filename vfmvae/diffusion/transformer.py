@@ -3,7 +3,7 @@
 Velocity of the flow at noisy latents, given time and class: DiT blocks with adaLN-Zero (arXiv 2212.09748,
 SiT 2401.08740), a head that is aligned with a foundation model (REPA, 2410.06940; iREPA, 2512.10794), a class
 token that is denoised along (REG, 2507.01467), RMSNorm, SwiGLU and rotary positions (LightningDiT,
-2501.01423). Sizes: Parameters have the names of the published models.
+2501.01423). Parameters have the names of the published models.
 
 Shapes: B batch, C latent channels, n = h/p = w/p tokens per side, N = n*n (+ 1 with a class token), D width,
     K class token width
