@@ -7,6 +7,7 @@ from functools import partial
 
 import cases_alignment
 import cases_attention
+import cases_diffusion
 import cases_fp8
 import cases_fusion
 import cases_perceptual
@@ -127,4 +128,5 @@ OPERATIONS = {
     **cases_perceptual.OPERATIONS,
     **cases_attention.OPERATIONS,
     **cases_fp8.OPERATIONS,
+    **cases_diffusion.OPERATIONS,
 }

@@ -84,6 +84,8 @@ def parts(device: str, output: Path, architecture: str | None) -> list[Part]:
     images = ["--minutes", "2"] if cuda else ["--config", "demo"]
     throughput = benchmark("throughput", f"throughput-{device}", device, output, *images)
     updates = benchmark("optimizer", f"optimizer-{device}", device, output)
+    tiny = [] if cuda else ["--size", "tiny", "--repeats", "1"]
+    diffusion = benchmark("diffusion", f"diffusion-{device}", device, output, *tiny)
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or the next tensor hides a write past the end
     table = [
         Part("build", build, 150, environment=building),
@@ -96,6 +98,7 @@ def parts(device: str, output: Path, architecture: str | None) -> list[Part]:
         Part("memcheck", sanitizer("memcheck"), 60, environment=uncached),
         Part("racecheck", sanitizer("racecheck"), 60, environment=uncached),
         Part("compile", compared, 120, correctness=False),
+        Part("diffusion", diffusion, 180, correctness=False),
         Part("operations", others, 120, environment=ONE_THREAD),
     ]
     return table if cuda else [part for part in table if part.name not in NEED_A_GPU]

@@ -3,7 +3,8 @@
     python benchmarks/tables.py FOLDER     puts the results in FOLDER between their markers in the document
 
 NAME.json goes between `<!-- NAME -->` and `<!-- end -->`, for the names that begin with kernels, throughput,
-fp8, optimizer or dataloading. gpu_suite.py writes the same tables to tables.md in its output folder.
+fp8, optimizer, diffusion or dataloading. gpu_suite.py writes the same tables to tables.md in its output
+folder.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 PASSES = {"forward": "forward", "inputs": "gradients of inputs", "backward": "all gradients"}
+STEPS = ("steps", "steps_measured")
 WHERE = ("date", "device", "torch", "triton", "threads")
 
 
@@ -24,7 +26,7 @@ def main() -> None:
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
         raise SystemExit(
             "usage: python benchmarks/tables.py FOLDER, a folder with kernels-*.json, throughput-*.json,"
-            " fp8-*.json, optimizer-*.json or dataloading-*.json"
+            " fp8-*.json, optimizer-*.json, diffusion-*.json or dataloading-*.json"
         )
     document = DOCUMENT.read_text(encoding="utf-8")
     for name, table in tables(Path(sys.argv[1])).items():
@@ -50,6 +52,8 @@ def tables(folder: Path) -> dict[str, str]:
             found[path.stem] = fp8_tables(json.loads(path.read_text(encoding="utf-8")))
         elif path.name.startswith("optimizer"):
             found[path.stem] = optimizer_table(json.loads(path.read_text(encoding="utf-8")))
+        elif path.name.startswith("diffusion"):
+            found[path.stem] = diffusion_tables(json.loads(path.read_text(encoding="utf-8")))
         elif path.name.startswith("dataloading"):
             found[path.stem] = dataloading_tables(json.loads(path.read_text(encoding="utf-8")))
     return found
@@ -134,6 +138,35 @@ def optimizer_table(result: dict[str, Any]) -> str:
     size = f"{result['parameters'] / 1e6:.1f} M parameters in {result['tensors']} tensors"
     left_out = "".join(f"\n{why}.\n" for why in result["left_out"].values())
     return f"{_provenance(result)}; {size}:\n\n{_markdown(head, rows)}{left_out}"
+
+
+def diffusion_tables(result: dict[str, Any]) -> str:
+    """Training, a row per model and path; sampling, a row per model, path and way to guide."""
+
+    def what(row: dict[str, Any]) -> str:
+        return f"{row['model']}-{row['size']}, depth {row['depth']}, batch {row['batch']}"
+
+    training, sampling = [], []
+    for row in result["rows"]:
+        cells = [what(row), row["path"]]
+        rate = f"{row['images_per_second']:.3g}"
+        if row["task"] == "training":
+            memory = row["peak_memory_bytes"]
+            cells += [rate, f"{row['times_faster_than_reference']:.2f}x", f"{row['matrix_share']:.1%}"]
+            training.append([*cells, "" if memory is None else f"{memory / 2**20:.0f}"])
+        else:
+            cells += [row["guided"], rate, f"{row['times_faster_than_always']:.2f}x"]
+            sampling.append([*cells, f"{row['times_faster_than_reference_always']:.2f}x"])
+    text = f"{_provenance(result)}; {', '.join(dict.fromkeys(row['dtype'] for row in result['rows']))}:\n"
+    if training:
+        head = ["training", "path", "images/s", "faster than reference", "of the matrix rate", "peak MiB"]
+        text += "\n" + _markdown(head, training)
+    if sampling:
+        steps, measured = ({row[k] for row in result["rows"] if k in row}.pop() for k in STEPS)
+        head = [f"sampling, {steps} steps ({measured} measured)", "path", "guided", "images/s"]
+        head += ["faster than always", "faster than always by reference"]
+        text += "\n" + _markdown(head, sampling)
+    return text
 
 
 def dataloading_tables(result: dict[str, Any]) -> str:

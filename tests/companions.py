@@ -25,7 +25,9 @@ class Reader(nn.Module):
         super().__init__()
         self.linear = nn.Linear(32, 1)
 
-    def forward(self, latents: Tensor, features: list[Tensor], draws: StepDraws) -> CompanionLosses:
+    def forward(
+        self, latents: Tensor, features: list[Tensor], draws: StepDraws, labels: Tensor | None
+    ) -> CompanionLosses:
         noise = draws.normal(latents.shape[1:])
         of_latents = self.linear(latents.movedim(1, -1)).square().mean()
         guess = self.linear(latents.detach().movedim(1, -1)).squeeze(-1)
@@ -39,7 +41,9 @@ class Gain(nn.Module):
         super().__init__()
         self.a = nn.Parameter(torch.tensor(2.0))
 
-    def forward(self, latents: Tensor, features: list[Tensor], draws: StepDraws) -> CompanionLosses:
+    def forward(
+        self, latents: Tensor, features: list[Tensor], draws: StepDraws, labels: Tensor | None
+    ) -> CompanionLosses:
         assert not any(layer.requires_grad for layer in features)
         return CompanionLosses(self.a * latents.mean(), (self.a - 3.0).square() / 2)
 

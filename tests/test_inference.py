@@ -18,8 +18,8 @@ from vfmvae.inference import (
     latest_tokenizer,
     memory_errors,
     open_tokenizer,
-    tokenizer_hash,
 )
+from vfmvae.tokenizer.files import tokenizer_hash
 
 
 def test_the_latest_trained_run_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +33,8 @@ def test_the_latest_trained_run_is_meant(tmp_path: Path, monkeypatch: pytest.Mon
             model.touch()
             os.utime(model, (number, number))
     assert latest_tokenizer() == Path("runs/a")
+    (tmp_path / "runs" / "a" / "config.json").write_text('{"diffusion": {}}')
+    assert latest_tokenizer() == Path("runs/b"), "a diffusion model is no tokenizer"
 
 
 def test_a_tokenizer_is_opened_frozen_and_in_the_dtype_asked_for(tmp_path: Path) -> None:

@@ -28,13 +28,18 @@ LAYERS = (
     ("losses", "metrics"),
     ("data",),
     ("training",),
-    ("recipes", "config"),
+    ("recipes", "config", "diffusion_config"),
 )
 LAYER_OF = {area: number for number, areas in enumerate(LAYERS) for area in areas}
 ENTRY = len(LAYERS)
 # Small modules without a dependency inside the package; every layer may use them.
 FOUNDATION = {"atomic", "deferred", "images", "model_files", "serialization", "weights"}
-SIBLINGS = {("tokenizer", "encoders"), ("discriminators", "encoders"), ("recipes", "config")}
+SIBLINGS = {
+    ("tokenizer", "encoders"),
+    ("discriminators", "encoders"),
+    ("recipes", "config"),
+    ("recipes", "diffusion_config"),
+}
 # Names of fast code, which only ops/ may say. The doctor says them to report what is there.
 FAST = ("vfmvae.kernels", "vfmvae._C", "triton")
 MAY_SAY_FAST = ("vfmvae/ops/", "vfmvae/doctor.py", "kernels/")

@@ -115,7 +115,7 @@ def test_a_loss_with_the_name_of_a_metric_is_told_apart(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "a", [line("train", 1, ssim=0.5), line("eval", 1, ssim=0.75)]), "a")
     shown = [(c["section"], c["title"], c["series"][0]["y"]) for c in charts([run])]
     assert shown[:2] == [("evaluation", "SSIM", [0.75]), ("losses", "ssim", [0.5])]
-    assert first_and_last([run]) == {"SSIM, held-out images": [(0.75, 0.75)], "ssim": [(0.5, 0.5)]}
+    assert first_and_last([run]) == {"SSIM, evaluation": [(0.75, 0.75)], "ssim": [(0.5, 0.5)]}
 
 
 def test_without_skipped_steps_there_is_no_chart_of_them(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_the_tables_of_one_run(tmp_path: Path) -> None:
     assert found.row("training time") == ["0:00:08"]
     assert found.row("skipped steps") == ["2"]
     assert found.row("started") == ["2026-01-02 03:04 UTC"]
-    assert found.row("PSNR (dB), held-out images") == ["9", "20.5"]
+    assert found.row("PSNR (dB), evaluation") == ["9", "20.5"]
     assert found.row("l1") == ["1", "0.25"]
     assert found.row("images") == ["20", "60"], "in what the stages differ"
     assert found.row("tokenizer.layers") == ["0, 3, -1"]
@@ -166,7 +166,7 @@ def test_runs_are_compared_by_curve_and_by_what_differs(tmp_path: Path) -> None:
     assert [run["name"] for run in found.data["runs"]] == ["one", "other"]
     l1 = next(chart for chart in found.data["charts"] if chart["title"] == "l1")
     assert [(series["run"], series["y"][-1]) for series in l1["series"]] == [(0, 0.25), (1, 3.0)]
-    assert found.row("PSNR (dB), held-out images") == ["9", "20.5", "", ""]
+    assert found.row("PSNR (dB), evaluation") == ["9", "20.5", "", ""]
     assert found.data["stages"] == [], "only one run's stages would be drawn over the other's curves"
     assert found.data["images"] == 90
     names = [row[0] for row in found.rows]

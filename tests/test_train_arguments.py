@@ -97,7 +97,7 @@ def test_an_optional_section_can_be_overridden_where_the_config_has_it() -> None
         (["--config", "cut.json"], "error: cut.json is not valid JSON: "),
         (
             ["--config", "newer.json"],
-            "error: newer.json: unknown field 'momentum'; valid fields: tokenizer, stages, ",
+            "error: newer.json: unknown field 'momentum'; valid fields: safety, log, data, ",
         ),
         (["--resume"], "error: there is no run of 'demo' in runs/ to resume; give its folder with --run-dir"),
         (["--resume", "--run-dir", "absent"], "error: absent holds no run to resume (no config.json)"),

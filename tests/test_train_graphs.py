@@ -148,7 +148,7 @@ def test_a_bad_step_is_skipped_in_a_replay_too() -> None:
         assert torch.equal(value, before[name]) or name.startswith(("projected", "patch")), name
 
 
-def _poisoned(inputs: StandingInputs, images: Any, weights: Any, sigma: float) -> None:
+def _poisoned(inputs: StandingInputs, images: Any, labels: Any, weights: Any, sigma: float) -> None:
     for weight in inputs.weights.values():
         weight.fill_(float("nan"))
 
@@ -208,7 +208,7 @@ class Drawing(nn.Module):
         self.method, self.shape = method, shape
         self.drawn: list[torch.Tensor] = []
 
-    def forward(self, latents: torch.Tensor, features: Any, draws: StepDraws) -> CompanionLosses:
+    def forward(self, latents: torch.Tensor, features: Any, draws: StepDraws, labels: Any) -> CompanionLosses:
         numbers = getattr(draws, self.method)(self.shape)
         self.drawn.append(numbers.clone())
         return CompanionLosses(
@@ -273,11 +273,11 @@ def poisoned_twice(write: Callable[..., None]) -> Callable[..., None]:
     """Weights of NaN in the sixth and seventh step."""
     count = itertools.count(1)
 
-    def call(inputs: StandingInputs, images: Any, weights: Any, sigma: float) -> None:
-        write(inputs, images, weights, sigma)
+    def call(inputs: StandingInputs, images: Any, labels: Any, weights: Any, sigma: float) -> None:
+        write(inputs, images, labels, weights, sigma)
         if next(count) in (6, 7):
             inputs._written.clear()
-            _poisoned(inputs, images, weights, sigma)
+            _poisoned(inputs, images, labels, weights, sigma)
 
     return call
 

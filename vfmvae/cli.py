@@ -24,10 +24,12 @@ T = TypeVar("T")
 
 COMMANDS = {
     "train": "train a tokenizer",
+    "train_diffusion": "train a diffusion transformer on latents",
     "reconstruct": "images through a tokenizer and back, side by side",
     "encode": "images to shards of latents, for diffusion models",
     "latents": "check and describe shards of latents, or import those of others",
     "decode": "shards of latents to images",
+    "sample": "images of classes from a diffusion model",
     "evaluate": "PSNR, SSIM and perceptual distance of reconstructions",
     "report": "one HTML page of a run: curves and reconstructions",
     "data": "what a data set holds: counts, sizes, classes, broken files, a contact sheet",

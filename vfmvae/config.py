@@ -18,6 +18,7 @@ from vfmvae.tokenizer.decoder import INPUT_STRIDE
 from vfmvae.tokenizer.equivariance import check_equivariance
 from vfmvae.training.adversary import TERMS_OF
 from vfmvae.training.engine import EngineConfig
+from vfmvae.training.joint import JointConfig
 from vfmvae.training.rates import check_parts
 from vfmvae.training.run_config import RunConfig, shared_batch
 from vfmvae.training.stages import ADVERSARIAL_TERMS, StageConfig, StagePlan
@@ -41,13 +42,40 @@ class TrainConfig(RunConfig):
     discriminator: ProjectedDiscriminatorConfig = field(default_factory=ProjectedDiscriminatorConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    joint: JointConfig | None = None
+    """A diffusion transformer that trains along, end to end (REPA-E); None: the tokenizer alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.stages:
             raise ValueError("stages is empty; a run needs at least one")
+        if self.joint is not None:
+            self._check_joint(self.joint)
         for stage in self.stages:
             self._check_stage(stage)
+
+    def _check_joint(self, joint: JointConfig) -> None:
+        model, tokenizer = joint.model, self.tokenizer
+        side = tokenizer.resolution // tokenizer.downsample
+        latents, needed = (tokenizer.latent_channels, side), (model.channels, model.latent_size)
+        if latents != needed:
+            raise ValueError(
+                f"the tokenizer's latents have {latents[0]} channels on a side of {latents[1]}, and"
+                f" joint.model takes {needed[0]} on {needed[1]} (channels, latent_size); make them equal"
+            )
+        if -1 not in tokenizer.encoder.layers:
+            raise ValueError(
+                f"joint aligns with the encoder's last layer; tokenizer.encoder.layers"
+                f" {tokenizer.encoder.layers} lacks -1"
+            )
+        changing = [s.name for s in self.stages if s.equivariance.image_probability]
+        if changing:
+            raise ValueError(
+                f"joint.model takes latents of one size, and stage {changing[0]!r} shrinks images"
+                f" (equivariance.image_probability); turn that off"
+            )
+        if self.engine.parallel == "fsdp":
+            raise ValueError("joint.model is not sharded: use engine.parallel 'ddp' with it")
 
     def _check_stage(self, stage: StageConfig) -> None:
         if stage.losses.alignment and -1 not in self.tokenizer.encoder.layers:
@@ -117,6 +145,11 @@ def check_same_run(config: TrainConfig, earlier: TrainConfig) -> None:
         if before != now:
             values = f" from {before} to {now}" if isinstance(now, int | str | None) else ""
             raise ValueError(f"a resumed run cannot change its {name}{values}; start a new run instead")
+    models = [None if c.joint is None else c.joint.model for c in (earlier, config)]
+    if models[0] != models[1]:
+        raise ValueError(
+            "a resumed run cannot change its diffusion transformer (joint.model); start a new run instead"
+        )
     _check_same_stages(config.stages, earlier.stages)
 
 

@@ -35,10 +35,10 @@ from vfmvae.inference import (
     open_tokenizer,
     progress,
     say,
-    tokenizer_hash,
     write_picture,
 )
 from vfmvae.tokenizer import Tokenizer
+from vfmvae.tokenizer.files import tokenizer_hash
 
 NPZ = "images.npz"
 

@@ -43,6 +43,8 @@ class DiffusionConfig(RunConfig):
     stages: tuple[DiffusionStageConfig, ...] = (DiffusionStageConfig(),)
     engine: ComputeConfig = field(default_factory=lambda: ComputeConfig(clip_norm=1.0))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    data: str | None = None
+    """Image folder, tar shards, saved data set or parquet (docs/data.md), or scenes for drawn images."""
     latents: str | None = None
     """A folder that `vfmvae encode` has written; instead of data."""
     tokenizer: str | None = None
@@ -63,9 +65,14 @@ class DiffusionConfig(RunConfig):
         if not self.stages:
             raise ValueError("stages is empty; a run needs at least one")
         if (self.latents is None) == (self.data is None):
-            what = "neither latents nor data is" if self.data is None else "latents and data are both"
+            if self.data is None:
+                raise ValueError(
+                    "neither latents nor data is given: name a folder of latents (vfmvae encode makes them),"
+                    " or a data set"
+                )
             raise ValueError(
-                f"{what} given: name a folder of latents (vfmvae encode makes them), or a data set"
+                f"latents ({self.latents}) and data ({self.data}) are both given; take away the recipe's with"
+                f" --data None or --latents None"
             )
         if self.latents is not None and self.encoder is not None:
             raise ValueError(
@@ -82,6 +89,12 @@ class DiffusionConfig(RunConfig):
             raise ValueError(
                 f"stage {stage.name!r} has losses.alignment, and the model no projector; give"
                 f" diffusion.alignment_widths the width of the encoder"
+            )
+        if losses.alignment and model.class_token_width not in (None, *model.alignment_widths):
+            raise ValueError(
+                f"stage {stage.name!r} has losses.alignment, which compares the class token too; make"
+                f" diffusion.class_token_width {model.class_token_width} equal to diffusion.alignment_widths"
+                f" {model.alignment_widths}"
             )
         if bool(losses.class_token) != (model.class_token_width is not None):
             has = "no" if model.class_token_width is None else "a"
@@ -126,6 +139,11 @@ def check_same_diffusion(config: DiffusionConfig, earlier: DiffusionConfig) -> N
             f" start a new run instead"
         )
     for stage, before in zip(config.stages, earlier.stages, strict=True):
+        if stage.path != before.path:
+            raise ValueError(
+                f"a resumed run cannot change path of its stage {stage.name!r} from {before.path} to"
+                f" {stage.path}; start a new run instead"
+            )
         for what in ("kind", "betas", "implementation"):
             now, then = getattr(stage.optimizer, what), getattr(before.optimizer, what)
             if now != then and not {now, then} <= {"torch", "triton"}:  # whose state is the same

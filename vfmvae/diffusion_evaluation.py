@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vfmvae.diffusion.sampling import run, sample_noise
+from vfmvae.diffusion.sampling import as_trained, run, sample_noise
 from vfmvae.diffusion_inputs import LatentInputs
 from vfmvae.diffusion_job import ENCODING, EVALUATION, DiffusionJob
 from vfmvae.images import to_uint8
@@ -34,27 +34,30 @@ def evaluate(job: DiffusionJob) -> DiffusionEvaluation:
 
 
 def measured_losses(job: DiffusionJob) -> dict[str, float]:
-    """Mean of each loss of the present stage over the evaluation's images, without dropped labels."""
+    """Mean of each loss of the present stage over the evaluation's images, without dropped labels.
+
+    The n-th of these images has its own draws, however many are computed at once.
+    """
     found: dict[str, list[Tensor]] = {}
-    counts = []
+    seen, total = 0, job.config.evaluation.images
     terms, stage = job.stage.losses.weights().keys(), replace(job.stage, label_dropout=0.0)
-    for number, batch in enumerate(job.source.evaluation_batches(job.part_size)):
+    for batch in job.source.evaluation_batches(job.part_size):
         job.faults += batch.get("faults", ())
         count = len(batch["key"])
         if not count:
             continue
         encoding, draws = (
-            StepDraws(job.config.seed, number, job.device, 0, count, count, EVALUATION + stream)
+            StepDraws(job.config.seed, 0, job.device, seen, count, total, EVALUATION + stream)
             for stream in (ENCODING, EVALUATION)
         )
+        seen += count
         inputs = job.source.inputs(batch, encoding)
         inputs = inputs._replace(latents=job.transformer.normalise(inputs.latents))
         for name, loss in job.forward(inputs, stage, draws, terms).items():
             found.setdefault(name, []).append(loss * count)
-        counts.append(count)
-    if not counts:
+    if not seen:
         raise ValueError(f"none of the images of {job.source.name} that an evaluation uses can be read")
-    return {name: (torch.stack(values).sum() / sum(counts)).item() for name, values in found.items()}
+    return {name: (torch.stack(values).sum() / seen).item() for name, values in found.items()}
 
 
 def samples(job: DiffusionJob) -> Tensor | None:
@@ -64,13 +67,15 @@ def samples(job: DiffusionJob) -> Tensor | None:
     if decoder is None and isinstance(source, LatentInputs):
         return None
     config, images = model.config, []
+    elements = config.channels * config.latent_size**2
+    sampling = as_trained(settings.sampling, job.stage.time.shift_for(elements))
     labels = torch.arange(settings.count) * config.classes // settings.count
     for start in range(0, settings.count, job.part_size):
         numbers = range(start, min(start + job.part_size, settings.count))
         shape = (config.channels, config.latent_size, config.latent_size)
         noise = sample_noise(job.config.seed, numbers, shape).to(job.device)
         latents = run(
-            settings.sampling,
+            sampling,
             model,
             noise,
             labels[numbers.start : numbers.stop].to(job.device),

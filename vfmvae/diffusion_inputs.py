@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,18 +25,18 @@ from vfmvae.data import (
     open_data,
     validation_batches,
 )
+from vfmvae.data.latent_folder import read_manifest
 from vfmvae.data.latents import LatentBatch
 from vfmvae.data.loader import load_latents
 from vfmvae.diffusion_config import DiffusionConfig
 from vfmvae.encoders import FrozenEncoder, build_encoder
 from vfmvae.images import to_unit
-from vfmvae.inference import tokenizer_hash
 from vfmvae.tokenizer import Posterior, Tokenizer
-from vfmvae.tokenizer.files import load_tokenizer
+from vfmvae.tokenizer.files import load_tokenizer, tokenizer_hash
 from vfmvae.training.diffusion_forward import DiffusionInputs
-from vfmvae.training.distributed import first_rank_first
+from vfmvae.training.distributed import first_rank_first, local_rank, mean_over_ranks, rank, world_size
 from vfmvae.training.draws import StepDraws
-from vfmvae.training.run import DataIdentity
+from vfmvae.training.job import DataIdentity
 
 LAST = -1  # the encoder's layer whose tokens are aligned with
 
@@ -107,12 +107,13 @@ class LatentInputs:
         assert config.latents is not None
         self.config, self.device, self.tokenizer = config, device, tokenizer
         self.name = config.latents
-        stored = Latents(config.latents, seed=config.seed, verify=False).manifest.settings.fields
+        stored = read_manifest(Path(config.latents)).settings.fields
         self.fields = ["moments" if "moments" in stored else "latents"]
         self.fields += ["features"] if config.needs_features else []
         self.fields += ["class_token"] if config.diffusion.class_token_width is not None else []
-        with first_rank_first():  # its reading fills the system's cache for the others
-            self.latents = Latents(config.latents, "train", config.seed, config.verify_latents, self.fields)
+        verify = config.verify_latents and local_rank() == 0  # once on each machine
+        with first_rank_first():
+            self.latents = Latents(config.latents, "train", config.seed, verify, self.fields)
         self.validation = Latents(config.latents, "validation", config.seed, False, self.fields)
         self.classes = self.latents.classes
         self.images = self.training_images = len(self.latents)
@@ -122,19 +123,17 @@ class LatentInputs:
 
     def _check(self, tokenizer: Tokenizer | None) -> None:
         model, entry = self.config.diffusion, self.latents.read(0, 1)
-        channels = len(self.latents.mean.flatten())
-        values = entry["latent"] if entry["latent"] is not None else entry["moments"]
-        assert values is not None
-        found, needed = (channels, *values.shape[2:]), (model.channels, *[model.latent_size] * 2)
+        found, needed = self.latents.manifest.latent_shape, (model.channels, *[model.latent_size] * 2)
         if found != needed:
             raise ValueError(
                 f"{self.name} holds latents {list(found)}, and the model takes {list(needed)}; set"
                 f" diffusion.channels and diffusion.latent_size to those of the latents"
             )
-        if not (self.latents.mean.isfinite().all() and (self.latents.std > 0).all()):
+        constant = (self.latents.std.flatten() == 0).nonzero().flatten().tolist()
+        if constant:
             raise ValueError(
-                f"{self.name}: the latents' statistics are not finite, or a channel does not vary, so some"
-                f" latents are NaN or infinite or all the same; encode the images again"
+                f"{self.name}: channel {constant[0]} is the same in all latents, so it cannot be normalised;"
+                f" check the tokenizer with `vfmvae reconstruct`, or encode with --storage fp32"
             )
         check_widths(self.config, entry["features"], entry["class_token"], self.name)
         if tokenizer is None or self.tokenizer_hash is None:
@@ -160,8 +159,9 @@ class LatentInputs:
 
     def evaluation_batches(self, size: int) -> Iterator[LatentBatch]:
         """The first latents of the folder, which training sees too: none are held out."""
-        for start in range(0, min(self.config.evaluation.images, len(self.latents)), size):
-            yield self.validation.read(start, min(start + size, len(self.latents)))
+        count = min(self.config.evaluation.images, len(self.latents))
+        for start in range(0, count, size):
+            yield self.validation.read(start, min(start + size, count))
 
     def inputs(self, batch: LatentBatch, draws: StepDraws) -> DiffusionInputs:
         latents = batch["latent"]
@@ -173,7 +173,7 @@ class LatentInputs:
         features, token = (
             None if x is None else x.to(self.device) for x in (batch["features"], batch["class_token"])
         )
-        labels = known_labels(batch["label"].to(self.device), self.config.diffusion.classes)
+        labels = known_labels(batch["label"], self.config.diffusion.classes, self.device)
         return DiffusionInputs(latents.to(self.device), labels, features, token)
 
 
@@ -234,27 +234,25 @@ class ImageInputs:
 
     @torch.no_grad()
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Of the first `statistics_images` training images in the seed's order, in float64.
+        """Of the first `statistics_images` training images in the seed's order, in float64; a collective.
 
-        Each image is one draw of its posterior.
+        Each image is one draw of its posterior. Every process encodes a part of them.
         """
         if self.tokenizer is None:
             return torch.zeros(3), torch.ones(3)
-        count, size = self.config.statistics_images, 32
-        total: Tensor | float = 0.0
-        squares: Tensor | float = 0.0
+        size = 32
+        each = -(-self.config.statistics_images // (size * world_size()))  # batches of a process
+        numbers = range(rank() * each, (rank() + 1) * each)
+        sums = torch.zeros(2, self.config.diffusion.channels, dtype=torch.float64, device=self.device)
         seen = 0
-        for number, batch in enumerate(
-            islice(self.batches(range(-(-count // size)), size), -(-count // size))
-        ):
+        for number, batch in zip(numbers, self.batches(numbers, size), strict=True):
             draws = StepDraws(self.config.seed, number, self.device, 0, size, size, STATISTICS)
             latents = self.inputs(batch, draws).latents.double()
-            total = total + latents.sum(dim=(0, 2, 3))
-            squares = squares + latents.square().sum(dim=(0, 2, 3))
-            seen += latents.numel() // latents.shape[1]
-        mean = total / seen
-        std = (squares / seen - mean.square()).clamp_min(0).sqrt()
-        assert isinstance(mean, Tensor) and isinstance(std, Tensor)
+            sums += torch.stack([latents, latents.square()]).sum(dim=(1, 3, 4))
+            seen += latents[:, 0].numel()
+        means = sums / seen
+        mean_over_ranks(means)
+        mean, std = means[0], (means[1] - means[0].square()).clamp_min(0).sqrt()
         if not mean.isfinite().all() or not (std > 0).all():
             raise ValueError(
                 f"the latents of {self.config.tokenizer} on {self.name} are not finite, or a channel does not"
@@ -270,13 +268,16 @@ class ImageInputs:
 
     def evaluation_batches(self, size: int) -> Iterator[ImageBatch]:
         """Held-out images."""
-        count = min(self.config.evaluation.images, len(self.held_out))
-        yield from islice(validation_batches(self.held_out, size), -(-count // size))
+        wanted = self.config.evaluation.images
+        for number, batch in zip(
+            range(-(-wanted // size)), validation_batches(self.held_out, size), strict=False
+        ):
+            yield first_images(batch, wanted - number * size)
 
     @torch.no_grad()
     def inputs(self, batch: ImageBatch, draws: StepDraws) -> DiffusionInputs:
         images = batch["image"].to(self.device)
-        labels = known_labels(batch["label"].to(self.device), self.config.diffusion.classes)
+        labels = known_labels(batch["label"], self.config.diffusion.classes, self.device)
         tokenizer, encoder = self.tokenizer, self.encoder
         features = class_token = None
         if tokenizer is None:
@@ -302,12 +303,24 @@ class ImageInputs:
         return DiffusionInputs(latents.float(), labels, features, class_token)
 
 
+def first_images(batch: ImageBatch, count: int) -> ImageBatch:
+    """At most so many of a batch."""
+    return {
+        "image": batch["image"][:count],
+        "label": batch["label"][:count],
+        "key": batch["key"][:count],
+        "number": batch["number"][:count],
+        "faults": batch["faults"],
+    }
+
+
 STATISTICS = 7
 """Stream of the draws that statistics are measured with."""
 
 
-def known_labels(labels: Tensor, classes: int) -> Tensor:
-    """A missing label (-1) is the null class."""
+def known_labels(labels: Tensor, classes: int, device: torch.device) -> Tensor:
+    """On the device, a missing label (-1) as the null class; the host does not wait."""
+    labels = labels.to(device, non_blocking=True)
     return torch.where(labels < 0, classes, labels)
 
 

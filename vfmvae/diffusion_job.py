@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from vfmvae.data import Fault
 from vfmvae.diffusion import DiffusionTransformer
-from vfmvae.diffusion.files import load_transformer
+from vfmvae.diffusion.files import load_transformer, tokenizer_hash_of
 from vfmvae.diffusion_config import DiffusionConfig
 from vfmvae.diffusion_inputs import Source, open_source
+from vfmvae.model_files import find_model
 from vfmvae.training.averaging_adam import AveragingAdam
 from vfmvae.training.device import compute_dtype, keep_freed_memory, run_device, set_precision
 from vfmvae.training.diffusion_forward import DiffusionForward
 from vfmvae.training.diffusion_stage import DiffusionStageConfig
-from vfmvae.training.distributed import mean_over_ranks, rank, world_size
+from vfmvae.training.distributed import rank, world_size
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.ema import EMA, ema_beta
 from vfmvae.training.guard import StepGuard
+from vfmvae.training.job import DataIdentity
 from vfmvae.training.optim import check_available, learning_rate, next_optimizer, set_learning_rate
 from vfmvae.training.reduction import replicated
 from vfmvae.training.regions import compile_blocks, recompute_blocks, shard
-from vfmvae.training.run import DataIdentity
 from vfmvae.training.stages import Place
 from vfmvae.training.state import TrainingState
 
@@ -77,11 +79,13 @@ class DiffusionJob:
         config = self.config
         if config.initial is not None:
             model = load_transformer(config.initial, self.device, config.fused)
-            if model.config != config.diffusion:
-                raise ValueError(
-                    f"the model in {config.initial} has other options than section diffusion of this run:"
-                    f" {model.config} instead of {config.diffusion}"
-                )
+            ours, theirs = asdict(config.diffusion), asdict(model.config)
+            for name in ours:
+                if ours[name] != theirs[name]:
+                    raise ValueError(
+                        f"the model in {config.initial} has diffusion.{name} {theirs[name]}, and this run"
+                        f" {ours[name]}; give it the same options, or leave initial out"
+                    )
         else:
             torch.manual_seed(config.seed)
             model = DiffusionTransformer(config.diffusion, config.fused).to(self.device)
@@ -101,33 +105,36 @@ class DiffusionJob:
     def take_statistics(self) -> None:
         """Give the model the statistics of the latents, or hold those that it has to them.
 
-        Goes after a checkpoint is loaded, whose model knows them; a collective.
+        Goes after a checkpoint is loaded, whose model knows them; a collective. An initial model keeps its
+        own, which published ones state in round numbers.
         """
         model, known = self.transformer, self.state.numbers.get("statistics", False)
+        began = known or self.config.initial is not None
         if known and self.config.latents is None:
             return  # measured on images when the run began
         mean, std = (x.to(self.device) for x in self.source.statistics())
-        mean_over_ranks(mean, std)
-        expected = known or self.config.initial is not None
-        if expected and not (_close(model.latents_mean, mean, std) and _close(model.latents_std, std, std)):
+        if not began:
+            model.latents_mean.copy_(mean)
+            model.latents_std.copy_(std)
+            self.ema.update(1.0)  # buffers are copied
+        elif not _alike(model, mean, std, *((1e-3, 1e-3) if self.config.initial is None else LOOSELY)):
             whose = "the run's checkpoint" if known else self.config.initial
             raise ValueError(
                 f"the latents of {self.source.name} have other statistics than those that {whose} was trained"
                 f" on; give the same latents, or start a new run without it"
             )
-        if not expected:
-            model.latents_mean.copy_(mean)
-            model.latents_std.copy_(std)
-            self.ema.update(1.0)  # buffers are copied
         self.state.numbers["statistics"] = True
 
     def check_tokenizer(self) -> None:
         """ValueError where the latents are those of another tokenizer than before."""
         now, before = self.source.tokenizer_hash, self.state.numbers.get("tokenizer")
+        if before is None and self.config.initial is not None:
+            before = tokenizer_hash_of(find_model(self.config.initial))
         if before is not None and now is not None and now != before:
             raise ValueError(
-                f"the latents of {self.source.name} are those of another tokenizer ({now[:12]}) than the run"
-                f" began with ({before[:12]}); give the same, or start a new run"
+                f"the latents of {self.source.name} are those of another tokenizer ({now[:12]}) than those"
+                f" that the run, or its initial model, began with ({before[:12]}); give the same, or start a"
+                f" new run"
             )
         if now is not None:
             self.state.numbers["tokenizer"] = now
@@ -219,6 +226,14 @@ class DiffusionJob:
         return int(self.guard.in_a_row.item())
 
 
-def _close(known: Tensor, found: Tensor, std: Tensor) -> bool:
-    """Whether statistics agree to a thousandth of the deviation, which rounding of latents may change."""
-    return bool(((known - found).abs() <= 1e-3 * std).all())
+LOOSELY = 0.5, 1.0
+"""Latents of an initial model: a mean within half a deviation, and a deviation within a factor of two."""
+
+
+def _alike(model: DiffusionTransformer, mean: Tensor, std: Tensor, of_mean: float, of_std: float) -> bool:
+    """Whether latents have the model's statistics: means within a share of the deviation, and deviations
+    within a factor of 1 + `of_std`. Rounding of latents may change both a little.
+    """
+    ratio = std / model.latents_std
+    means = (model.latents_mean - mean).abs() <= of_mean * model.latents_std
+    return bool((means & (ratio <= 1 + of_std) & (ratio >= 1 / (1 + of_std))).all())

@@ -21,11 +21,12 @@ def describe(config: DiffusionConfig, console: Console) -> None:
     lines = []
     for stage, updates in zip(config.stages, plan.lengths, strict=True):
         terms = ", ".join(f"{name} {weight:g}" for name, weight in stage.losses.weights().items())
+        rate = stage.optimizer
         lines += [
             f"stage {stage.name}: {stage.images:,} images, {updates:,} updates",
             f"  losses  {terms}",
             f"  times   {stage.time.law}, {stage.path} path, labels dropped {stage.label_dropout:g}",
-            f"  rate    {stage.optimizer.learning_rate:g}, {stage.optimizer.schedule} ({stage.optimizer.kind})",
+            f"  rate    {rate.learning_rate:g}, {rate.schedule} ({rate.kind})",
         ]
     where = f"latents of {config.latents}" if config.latents else f"images of {config.data}"
     lines += [

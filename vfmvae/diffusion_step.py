@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vfmvae.diffusion_job import ENCODING, TRAINING, DiffusionJob
 from vfmvae.training.guard import clipped_update
+from vfmvae.training.job import StepResult
 from vfmvae.training.reduction import reduce_unsharded, reducing, settle_unused
-from vfmvae.training.run import StepResult
 
 
 def diffusion_step(job: DiffusionJob, batch: Sequence[Any]) -> StepResult:

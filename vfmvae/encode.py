@@ -48,9 +48,9 @@ from vfmvae.inference import (
     open_tokenizer,
     progress,
     say,
-    tokenizer_hash,
 )
 from vfmvae.tokenizer import DiscretePosterior, Tokenizer
+from vfmvae.tokenizer.files import tokenizer_hash
 from vfmvae.training.distributed import place
 
 SHARD_BYTES = 2 << 30

@@ -38,11 +38,11 @@ from vfmvae.inference import (
     progress,
     reconstruct_images,
     say,
-    tokenizer_hash,
 )
 from vfmvae.losses.perceptual import PerceptualNetwork, perceptual_network
 from vfmvae.metrics.reconstruction import lpips, psnr, ssim
 from vfmvae.tokenizer import Tokenizer
+from vfmvae.tokenizer.files import tokenizer_hash
 
 RESULT = "evaluation.json"
 HEADINGS = {

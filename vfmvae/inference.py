@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -69,10 +67,18 @@ def open_tokenizer(options: ModelOptions, console: Console) -> tuple[str, Tokeni
 def latest_tokenizer() -> Path:
     """The run in runs/ whose model was written last; ValueError if there is none."""
     runs = [RunFolder(path) for path in RUNS.glob("*") if path.is_dir()]
-    trained = [run for run in runs if run.model.exists() and not is_diffusion(read_json(run.config))]
+    trained = [run for run in runs if run.model.exists() and not _trains_diffusion(run)]
     if not trained:
         raise ValueError(f"no trained tokenizer lies in {RUNS}/; give one with --tokenizer FOLDER or hub id")
     return max(trained, key=lambda run: run.model.stat().st_mtime).path
+
+
+def _trains_diffusion(run: RunFolder) -> bool:
+    """Whether its config says so; one that cannot be read is named where the run is loaded, if it is."""
+    try:
+        return is_diffusion(read_json(run.config))
+    except ValueError:
+        return False
 
 
 def check_resolution(tokenizer: Tokenizer, resolution: int | None) -> None:
@@ -88,17 +94,6 @@ def reconstruct_images(tokenizer: Tokenizer, images: Tensor) -> Tensor:
     """uint8 images [B, 3, H, W], of any device, through the posterior's mode and back to uint8 on the CPU."""
     latents = tokenizer.encode(images.to(tokenizer.align.weight.device)).mode()
     return to_uint8(tokenizer.decode(latents)).cpu()
-
-
-def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """SHA-256 of the config and of every parameter and buffer by name: the same wherever the files lie."""
-    config = asdict(tokenizer.config)
-    config["encoder"]["weights"] = None  # where they once came from
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -24,16 +24,21 @@ import tyro
 from vfmvae import __version__
 from vfmvae.atomic import write_atomically
 from vfmvae.cli import UsageError, command, parse
+from vfmvae.diffusion.files import is_diffusion
 from vfmvae.report_data import Run, charts, first_and_last, pictures, read_run, short_names, stages
 from vfmvae.training.logging import short_count
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#d4a106", "#0891b2", "#db2777")
 SECTIONS = {
-    "evaluation": "Held-out images",
+    "evaluation": "Evaluation",
     "losses": "Losses",
     "rates": "Learning rates",
     "speed": "Speed and memory",
+}
+PICTURES = {
+    "reconstructions": "Held-out images; below each row of them, their reconstructions.",
+    "samples": "Samples of the averaged weights, of classes spread over all, always from the same noise.",
 }
 ENVIRONMENT = ("device", "processes", "vfmvae", "torch", "cuda", "python", "platform")
 SWITCH = '<label class="switch"><input type="checkbox" id="log-scale"> logarithmic</label>'
@@ -106,20 +111,22 @@ def overview(runs: Sequence[Run]) -> str:
 
 def slider(runs: Sequence[Run], moments: Sequence[int]) -> str:
     """A slider over all moments with pictures, and a place for the picture of each run."""
+    kinds = list(dict.fromkeys("samples" if is_diffusion(run.config) else "reconstructions" for run in runs))
+    heading = " and ".join(kinds).capitalize()
     if not moments:
-        return _section("Reconstructions", '<p class="quiet">No pictures yet.</p>')
+        return _section(heading, '<p class="quiet">No pictures yet.</p>')
     places = "".join(
         f'<figure><figcaption>{escape(run.name)}</figcaption><div class="scroll"><img id="picture-{i}"'
-        f' alt="reconstructions of {escape(run.name)}"></div></figure>'
+        f' alt="pictures of {escape(run.name)}"></div></figure>'
         for i, run in enumerate(runs)
     )
     choice = (
         f'<input id="moment" type="range" min="0" max="{len(moments) - 1}" value="{len(moments) - 1}"'
         ' aria-label="moment of the run"><output id="moment-text" for="moment"></output>'
     )
-    explanation = "Held-out images; below each row of them, their reconstructions."
+    explanation = " ".join(PICTURES[kind] for kind in kinds)
     content = f'<p class="quiet">{explanation}</p><div class="time">{choice}</div>{places}'
-    return _section("Reconstructions", content)
+    return _section(heading, content)
 
 
 def curves(section: str, shown: Sequence[Mapping[str, Any]]) -> str:

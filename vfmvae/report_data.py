@@ -114,7 +114,7 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def first_and_last(runs: Sequence[Run]) -> dict[str, list[tuple[float | None, float | None] | None]]:
     """Each evaluation and loss -> its first and its last value in each run; None where a run lacks it."""
     found = {}
-    for kind, after in (("evaluations", ", held-out images"), ("train", "")):
+    for kind, after in (("evaluations", ", evaluation"), ("train", "")):
         columns: list[list[Line]] = [getattr(run, kind) for run in runs]
         for name in dict.fromkeys(name for lines in columns for name in _curves(lines)):
             part = section(name, kind == "evaluations")

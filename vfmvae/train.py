@@ -13,6 +13,7 @@ works on in train_job.py.
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,9 +25,11 @@ from vfmvae.cli import command, usage
 from vfmvae.config import TrainConfig
 from vfmvae.data import Scenes
 from vfmvae.data.dali import why_not as why_not_dali
+from vfmvae.diffusion.files import save_transformer
 from vfmvae.encoders.base import feature_dtype
 from vfmvae.model_files import write_state
 from vfmvae.ops import attention_choices
+from vfmvae.tokenizer.files import tokenizer_hash
 from vfmvae.train_arguments import parse_arguments
 from vfmvae.train_graphs import recorded_steps
 from vfmvae.train_job import Job
@@ -36,7 +39,10 @@ from vfmvae.training.device import device_name, pick_device, slow_on_cpu
 from vfmvae.training.distributed import rank, world_size
 from vfmvae.training.evaluation import Evaluation
 from vfmvae.training.figures import write_figure
-from vfmvae.training.run import Run, StepResult, carry_out, run_place
+from vfmvae.training.job import StepResult
+from vfmvae.training.joint import NAME as JOINT
+from vfmvae.training.joint import CollapseAlarm
+from vfmvae.training.run import Run, carry_out, run_place
 from vfmvae.training.run_folder import RunFolder
 
 HEADINGS = {
@@ -65,6 +71,20 @@ class TokenizerRun(Run[Job, Evaluation]):
         self.started = time.perf_counter()
         super().__init__(Job(config), folder, console)
         self.recorded = recorded_steps(self.job)
+        self.alarm: CollapseAlarm | None = None
+
+    def restore(self) -> bool:
+        """Also begins the watch over the latents of a joint run."""
+        found = super().restore()
+        if self.job.joint is not None:
+            if not found:
+                self.job.begin_joint()
+            self.alarm = CollapseAlarm(self.job.state.numbers.setdefault("first_latents", {}))
+        return found
+
+    def watch(self, means: dict[str, float]) -> None:
+        for warning in self.alarm.check(means) if self.alarm is not None else ():
+            self.say(warning)
 
     def step(self, batch: list[Tensor]) -> StepResult:
         weights = self.job.weights()
@@ -83,6 +103,20 @@ class TokenizerRun(Run[Job, Evaluation]):
         weights = self.job.ema.export()
         if rank() == 0:
             self.folder.write(self.folder.model, lambda path: write_state(weights, path))
+        self.write_joint()
+
+    def write_joint(self) -> None:
+        """The averaged diffusion transformer of a joint run, as a saved model in a folder of its own."""
+        joint = self.job.joint
+        if joint is None or rank() != 0:
+            return
+        (companion,) = (c for c in self.job.companions if c.name == JOINT)
+        with self.job.ema.applied():
+            of_tokenizer = tokenizer_hash(self.job.tokenizer)
+        stage = {"path": joint.config.path, "time": asdict(joint.config.time)}
+        with companion.average.applied():
+            joint.take_statistics()
+            save_transformer(joint.transformer, self.folder.path / JOINT, of_tokenizer, [stage])
 
     def announce(self) -> None:
         """What trains and how large it is; on what device, in what dtype, with what operations."""

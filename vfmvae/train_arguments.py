@@ -39,7 +39,9 @@ class Launch:
 
 @dataclass
 class LaunchDiffusion:
-    """Train a diffusion transformer. Example: python -m vfmvae.train_diffusion --fused --latents latents"""
+    """Train a diffusion transformer.
+    Example: python -m vfmvae.train_diffusion --fused --recipe vfm_vae_reg_xl --latents latents
+    """
 
     recipe: Annotated[str | None, tyro.conf.arg(metavar=f"{{{','.join(DIFFUSION_RECIPES)}}}")] = None
     """A function of vfmvae/recipes.py, which gives the defaults of all options below; diffusion_demo if not

@@ -34,7 +34,8 @@ from vfmvae.train_arguments import DIFFUSION, parse_training
 from vfmvae.training.device import device_name, pick_device, slow_on_cpu
 from vfmvae.training.distributed import rank, world_size
 from vfmvae.training.figures import write_samples
-from vfmvae.training.run import Run, StepResult, carry_out, run_place
+from vfmvae.training.job import StepResult
+from vfmvae.training.run import Run, carry_out, run_place
 from vfmvae.training.run_folder import RunFolder
 
 

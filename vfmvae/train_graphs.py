@@ -24,8 +24,8 @@ from vfmvae.train_step import (
 )
 from vfmvae.training.adaptive import LIMITS
 from vfmvae.training.draws import renew
+from vfmvae.training.job import StepResult
 from vfmvae.training.recording import CudaGraph, Graph, StandingInputs
-from vfmvae.training.run import StepResult
 
 
 def recorded_steps(job: Job) -> RecordedSteps | None:
@@ -103,10 +103,10 @@ class _Recording:
         """Everything of a step that happens on the device: as always, recorded, or replayed."""
         inputs, first = self._inputs, not self._inputs.images
         if first:
-            inputs.place(batch, weights)
+            inputs.place(batch, self._job.read_labels, weights)
         else:
             self._renew_draws()
-        inputs.write(batch, weights, self._job.blur_sigma())
+        inputs.write(batch, self._job.read_labels, weights, self._job.blur_sigma())
         if not first and self._graph is None:
             self._graph = self._recorded(new_graph())
         if self._graph is None:

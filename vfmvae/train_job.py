@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from vfmvae.config import TrainConfig
 from vfmvae.data import Fault, Images, Request, choose_backend, load_batches, open_data
 from vfmvae.discriminators.blur import Blur, blur_sigma, reach_of
+from vfmvae.images import to_unit
 from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.tokenizer.parts import set_trained
 from vfmvae.train_networks import (
     build_forward,
     build_games,
+    build_joint,
     build_perceptual,
     evaluation_distances,
     never_trained,
@@ -24,15 +26,17 @@ from vfmvae.train_networks import (
 from vfmvae.training.adaptive import BALANCED_TERMS, LIMITS, AdaptiveWeight, Balanced
 from vfmvae.training.adversary import TERMS_OF, Adversary
 from vfmvae.training.averaging_adam import AveragingAdam
-from vfmvae.training.companion import Companion
+from vfmvae.training.companion import NO_AVERAGE, Companion
 from vfmvae.training.companion import check_new as check_companion
 from vfmvae.training.device import compute_dtype, keep_freed_memory, run_device, set_precision
 from vfmvae.training.distributed import first_rank_first, mean_over_ranks, rank, world_size
 from vfmvae.training.draws import StandingDraws, StepDraws
-from vfmvae.training.ema import EMA, ema_beta
+from vfmvae.training.ema import EMA, EmaConfig, ema_beta
 from vfmvae.training.evaluation import HELD_OUT_IMAGES, Evaluation, evaluate
 from vfmvae.training.forward import Snapshot
 from vfmvae.training.guard import BufferGuard, StepGuard
+from vfmvae.training.job import DataIdentity
+from vfmvae.training.joint import NAME as JOINT
 from vfmvae.training.objective import Weights
 from vfmvae.training.optim import (
     OptimizerConfig,
@@ -45,7 +49,6 @@ from vfmvae.training.optim import (
 from vfmvae.training.rates import parameter_groups
 from vfmvae.training.recording import StandingInputs, check_recordable
 from vfmvae.training.reduction import reducing, replicated
-from vfmvae.training.run import DataIdentity
 from vfmvae.training.stages import TERMS, Place, StageConfig
 from vfmvae.training.state import TrainingState
 
@@ -109,6 +112,7 @@ class Job:
         self.place: Place | None = None
         self.entries = 0  # into stages; what was recorded in one is of no use in the next
         self.standing: StandingInputs | None = None
+        self.read_labels: list[Tensor] = []  # of the batch that was read last, by part
         self.stage: StageConfig = config.stages[0]
         self.trained: list[nn.Parameter] = []
         self.playing: list[Adversary] = []
@@ -124,6 +128,10 @@ class Job:
             },
             frozen=(*(f"tokenizer.{name}" for name in frozen), "projected.discriminator.encoder."),
         )
+        self.joint = None if config.joint is None else build_joint(config, config.joint, self._dtype)
+        if config.joint is not None and self.joint is not None:
+            joint = config.joint
+            self.add_companion(JOINT, self.joint, joint.weight, joint.optimizer, ema=joint.ema)
 
     # Building
 
@@ -141,6 +149,15 @@ class Job:
     def _guard(self) -> StepGuard:
         return StepGuard(self.config.safety, self.device, scaled=self._dtype == torch.float16)
 
+    @torch.no_grad()
+    def begin_joint(self) -> None:
+        """Let the joint model's normalisation begin with the statistics of latents as they are now."""
+        if self.joint is None:
+            return
+        with closing(self.batches(0)) as batches:
+            images = to_unit(next(batches)[0])
+        self.joint.norm.begin(self.tokenizer.encode(images).mode().float())
+
     def add_companion(
         self,
         name: str,
@@ -148,6 +165,7 @@ class Job:
         weight: float,
         optimizer: OptimizerConfig,
         schedule: WeightSchedule = ALWAYS,
+        ema: EmaConfig = NO_AVERAGE,
     ) -> None:
         """Train `model` along with the tokenizer (vfmvae.training.companion). Goes before `enter_stage`.
 
@@ -158,11 +176,22 @@ class Job:
         parameters = [p for p in model.parameters() if p.requires_grad]
         built = build_optimizer(optimizer, parameters, capturable=self.config.engine.graphs)
         guard = StepGuard(self.config.safety, self.device, scaled=False)  # the tokenizer's scale is taken off
-        companion = Companion(name, replicated(model, self.device), weight, schedule, optimizer, built, guard)
+        companion = Companion(
+            name,
+            replicated(model, self.device),
+            weight,
+            schedule,
+            optimizer,
+            built,
+            guard,
+            EMA(model),
+            BufferGuard(model),
+            ema,
+        )
         self.companions.append(companion)
         self.state.modules[name] = model
         self.state.optimizers[name] = built
-        self.state.others[f"{name}_guard"] = companion.guard
+        self.state.others |= {f"{name}_guard": companion.guard, f"{name}_ema": companion.average}
 
     # Stages
 
@@ -255,7 +284,17 @@ class Job:
             for first in loaded:
                 parts = [first, *(next(loaded) for _ in range(accumulate - 1))]
                 self.faults += [fault for part in parts for fault in part["faults"]]
+                if self.companions:
+                    self.read_labels = [part["label"].to(self.device, non_blocking=True) for part in parts]
                 yield [part["image"] for part in parts]
+
+    def labels(self, part: int) -> Tensor | None:
+        """Labels int64 [b] of one of this process's parts of the present step, which companions read.
+
+        -1 where an image has none; None where the images did not come from `batches`.
+        """
+        labels = self.read_labels if self.standing is None else self.standing.labels
+        return labels[part] if labels else None
 
     def data_identity(self) -> DataIdentity | None:
         """Of the training images; None for those that are embedded."""
@@ -351,6 +390,9 @@ class Job:
         """Move the averaged weights towards the present ones, as far as the optimizer has not done it."""
         moved = self.optimizer.averaged if isinstance(self.optimizer, AveragingAdam) else ()
         self.ema.update(self.ema_beta(), moved)
+        seen = self.state.step * self.config.batch_size
+        for companion in self.companions:
+            companion.average.update(ema_beta(companion.ema, self.config.batch_size, seen))
 
     def skips_in_a_row(self) -> int:
         """How many of the last updates were skipped, of the optimizer that has most; waits."""

@@ -7,6 +7,7 @@ keep for the backward pass with the reference operations; fused ones keep less. 
     discriminators' steps   one after another, on real images and reconstructions
     image losses            the perceptual network
     adversarial losses      all discriminators together, for the tokenizer
+    joint transformer       its weights are counted, its graph is not
     backward pass           with engine.recompute the graph of one decoder block at a time
 """
 
@@ -33,6 +34,7 @@ from vfmvae.training.adversary import TERMS_OF, PatchAdversary, ProjectedAdversa
 from vfmvae.training.device import DTYPES
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.forward import StepOutput, TrainingForward
+from vfmvae.training.joint import JointDiffusion
 from vfmvae.training.regions import decoder_blocks
 from vfmvae.training.stages import StageConfig
 
@@ -153,6 +155,10 @@ class MetaRun:
         for name, game in self.games.items():
             if any(_plays(name, stage) for stage in stages[: number + 1]):
                 total += (GRADIENT + MOMENTS) * _count(p for p in game.parameters() if p.requires_grad)
+        if self.config.joint is not None:
+            with META:
+                joint = JointDiffusion(self.config.joint, 0, False, None)
+            total += (4 + AVERAGE + GRADIENT + MOMENTS) * _count(joint.parameters())
         if stages[number].losses.preservation:
             encoder = [self.tokenizer.encoder] if "encoder" in stages[number].trains else []
             total += sum(_bytes(p) for part in (self.tokenizer.fusion, *encoder) for p in part.parameters())

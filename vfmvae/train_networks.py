@@ -22,6 +22,7 @@ from vfmvae.tokenizer.parts import part_modules
 from vfmvae.training.adversary import TERMS_OF, PatchAdversary, ProjectedAdversary
 from vfmvae.training.distributed import world_size
 from vfmvae.training.forward import Snapshot, TrainingForward
+from vfmvae.training.joint import JointConfig, JointDiffusion
 from vfmvae.training.regions import (
     compile_blocks,
     decoder_blocks,
@@ -51,6 +52,19 @@ def build_forward(
         compile_blocks(of_decoder, engine.compile)
     compile_blocks(of_encoder, engine.compile)
     return forward
+
+
+def build_joint(config: TrainConfig, joint: JointConfig, dtype: torch.dtype | None) -> JointDiffusion:
+    """The diffusion transformer that trains along: compiled and recomputed as the engine's options say."""
+    torch.manual_seed(config.seed + 1)
+    layer = config.tokenizer.encoder.layers.index(-1)
+    model = JointDiffusion(joint, layer, config.fused, dtype)
+    blocks = list(model.transformer.blocks)
+    if config.engine.recompute:
+        recompute_blocks(blocks, config.engine.compile)
+    else:
+        compile_blocks(blocks, config.engine.compile)
+    return model
 
 
 def sharded(config: TrainConfig) -> bool:

@@ -39,6 +39,13 @@ def describe(config: TrainConfig, console: Console) -> None:
         _say(console, f"  memory  {_of_one_image(memory)}")
         memories.append(memory)
         outputs.append(output)
+    if config.joint is not None:
+        model = config.joint.model
+        _say(
+            console,
+            f"joint diffusion transformer: {model.depth} blocks of width {model.width}, {model.tokens}"
+            f" tokens, alignment weight {config.joint.weight:g}; memory counts its weights, not its graph",
+        )
     total = sum(p.numel() for p in run.tokenizer.parameters())
     _say(
         console,

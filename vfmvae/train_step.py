@@ -32,6 +32,7 @@ from vfmvae.training.adversary import TERMS_OF, Adversary
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.forward import StepOutput
 from vfmvae.training.guard import clipped_update
+from vfmvae.training.job import StepResult
 from vfmvae.training.objective import (
     Weights,
     alignment_gradients,
@@ -46,7 +47,6 @@ from vfmvae.training.objective import (
 )
 from vfmvae.training.optim import scale_gradients
 from vfmvae.training.reduction import reduce_unsharded, reducing, settle_unused
-from vfmvae.training.run import StepResult
 
 TOKENIZER, DISCRIMINATOR, GENERATOR, SECOND_FORWARD, SECOND_LOOK, COMPANION = range(6)
 """Streams of random draws: users of one step that do not know how often the others draw. The first companion
@@ -93,7 +93,8 @@ def update_all(job: Job, batch: Sequence[Tensor], weights: Weights) -> StepResul
     # Before the forward: the last step's gradients need no room beside this one's activations.
     for optimizer in (job.optimizer, *(c.optimizer for c in job.companions)):
         optimizer.zero_grad(set_to_none=True)
-    job.buffers.keep()
+    for buffers in (job.buffers, *(c.buffers for c in job.companions)):
+        buffers.keep()
     parts = [
         Part(to_unit(images), job.first_image(number), number, len(batch))
         for number, images in enumerate(batch)
@@ -234,9 +235,9 @@ def generator_step(
         scale_gradients(companion.parameters, job.guard.scale.reciprocal())
         loss = losses[f"{companion.name}_own"]
         clip_norm = job.config.engine.clip_norm
-        skipped.append(
-            clipped_update(companion.optimizer, companion.parameters, companion.guard, loss, clip_norm)[0]
-        )
+        skip, _ = clipped_update(companion.optimizer, companion.parameters, companion.guard, loss, clip_norm)
+        companion.buffers.restore(skip)
+        skipped.append(skip)
     skip, norm = clipped_update(job.optimizer, job.trained, job.guard, total, job.config.engine.clip_norm)
     job.buffers.restore(skip)
     return {**losses, "total": total, "gradient_norm": norm}, torch.stack([*skipped, skip]).amax()
@@ -286,7 +287,8 @@ def generator_backward(
                 (scale * factor * output.alignment).backward()
     for stream, companion in enumerate(job.companions, start=COMPANION):
         weight = weights.get(companion.name)
-        losses |= companion.backward(output, job.draws(part.first, stream), weight, scale)
+        draws, labels = job.draws(part.first, stream), job.labels(part.number)
+        losses |= companion.backward(output, draws, labels, weight, scale)
     encoder_backward(output, weighted_sum(of_latents, weights), scale)
     return {name: loss.detach() for name, loss in losses.items()}
 

@@ -192,7 +192,8 @@ def test_what_runs_on_a_gpu_needs_neither_tyro_nor_rich(tmp_path: Path) -> None:
     for name in ("tyro", "rich"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not installed')\n")
     folders = [str(tmp_path), str(ROOT / "benchmarks"), str(ROOT)]
-    run_python("-c", "import kernels, throughput, tables, gpu_suite", env={"PYTHONPATH": ":".join(folders)})
+    modules = "kernels, throughput, diffusion, tables, gpu_suite"
+    run_python("-c", f"import {modules}", env={"PYTHONPATH": ":".join(folders)})
 
 
 @pytest.mark.parametrize("rich", [True, False])

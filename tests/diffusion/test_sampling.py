@@ -17,8 +17,9 @@ import vfmvae
 from tests.diffusion.exact import GaussianModel, gaussian_solution
 from tests.helpers import run_python
 from vfmvae.diffusion import DiffusionTransformer, TransformerConfig
+from vfmvae.diffusion.flow import shifted
 from vfmvae.diffusion.guidance import Guidance
-from vfmvae.diffusion.sampling import Sampler, Sampling, run, sample, sample_noise
+from vfmvae.diffusion.sampling import Sampler, Sampling, as_trained, run, sample, sample_noise
 
 SAMPLERS: list[Sampler] = ["euler", "heun", "dopri5", "sde"]
 SHAPE = (4, 2, 2)
@@ -258,3 +259,11 @@ def test_the_function_is_called_before_and_after_its_namesake_is_imported() -> N
         "assert vfmvae.sample.__name__ == 'vfmvae.sample'; print(vfmvae.sample(*arguments).equal(before))"
     )
     assert run_python("-c", program).strip() == "True"
+
+
+def test_shifts_of_training_and_of_sampling_multiply() -> None:
+    """Shifting by one and then by the other is shifting by their product."""
+    once, twice = Sampling(shift=2.0), as_trained(Sampling(shift=2.0), 3.0)
+    t = torch.linspace(0, 1, 5)
+    torch.testing.assert_close(shifted(t, twice.shift), shifted(shifted(t, 3.0), once.shift))
+    assert as_trained(Sampling("dopri5"), 3.0) == Sampling("dopri5"), "which chooses its own times"

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vfmvae import weights
 from vfmvae.discriminators.blur import gaussian_blur
-from vfmvae.encoders import EncoderConfig, build_encoder, weights
+from vfmvae.encoders import EncoderConfig, build_encoder
 from vfmvae.images import to_uint8, to_unit
 from vfmvae.losses import perceptual
 from vfmvae.losses.perceptual import (

@@ -53,6 +53,22 @@ def test_the_backward_can_be_differentiated_where_it_is_made_of_operations() -> 
     assert torch.autograd.gradgradcheck(lambda x: times(x, 2.0), x)
 
 
+def test_a_result_may_be_a_view_in_eager_mode() -> None:
+    autograd = Autograd(lambda ctx, inputs, output: None, lambda ctx, grad: (grad.view(2, 3),))
+    flat = operation("flat_for_tests", flat_copy, flat_copy, "cpu", autograd, eager=lambda x: x.view(-1))
+    x = torch.randn(2, 3, requires_grad=True)
+    for function, shared in ((flat, True), (torch.ops.vfmvae.flat_for_tests, False)):
+        y = function(x)
+        assert (y.data_ptr() == x.data_ptr()) == shared
+        (found,) = torch.autograd.grad(y.square().sum(), x)
+        assert torch.equal(found, 2 * x)
+    torch.library.opcheck(torch.ops.vfmvae.flat_for_tests.default, (x,))
+
+
+def flat_copy(x: Tensor) -> Tensor:
+    return x.new_empty(6).copy_(x.reshape(-1))
+
+
 def square(x: Tensor) -> Tensor:
     return x * x
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers import compile_triton_for_hopper, run_python
 from tests.ops.agreement import assert_agrees
 from vfmvae import ops
+
+CHECKS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/check_qk_norm_rope.py")
 
 B, N, HEADS, D = 2, 3, 2, 4
 
@@ -107,3 +110,63 @@ def test_what_does_not_fit_is_said() -> None:
         ops.qk_norm_rope(torch.randn(1, N, 9), 1, None, None, (torch.ones(N, 3), torch.ones(N, 3)))
     with pytest.raises(ValueError, match=r"floating point \[B, N, 3 C\], not torch.int64"):
         ops.qk_norm_rope(qkv.long(), HEADS, None, None)
+
+
+def test_the_kernels_say_what_they_do_not_take() -> None:
+    qkv = torch.randn(B, N, 3 * HEADS * D)
+    with pytest.raises(ValueError, match="triton.*(on cpu|not installed)"):
+        ops.qk_norm_rope(qkv, HEADS, None, None, fused="triton")
+    with pytest.raises(ValueError, match="not torch.float64"):
+        ops.qk_norm_rope(qkv.double(), HEADS, None, None, fused="triton")
+    with pytest.raises(ValueError, match="at most 512 numbers, not 600"):
+        ops.qk_norm_rope(torch.randn(1, 1, 1800), 1, None, None, fused="triton")
+
+
+def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_python(*CHECKS, env={"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+# Not marked gpu: benchmarks/gpu_suite.py runs the checks themselves.
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_on_the_gpu() -> None:
+    run_python(*CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("width", "kind", "element", "registers"),
+    [(72, "layer", "*bf16", 168), (64, "rms", "*bf16", 168), (72, "layer", "*fp32", 240)],
+)
+def test_kernels_compile_for_hopper_without_spills(
+    width: int, kind: str, element: str, registers: int
+) -> None:
+    pytest.importorskip("triton")
+    from vfmvae.kernels import qk_norm_rope as kernels
+
+    tile, biased = kernels.tile_of(128, 257, 16, width), kind == "layer"
+    constants = {"D": width, "HEIGHT": tile.height, "WIDTH": tile.width, "STAGES": kernels.STAGES}
+    constants |= dict.fromkeys(("QUERY_KIND", "KEY_KIND"), kernels.KINDS[kind])
+    constants |= dict.fromkeys(("ROTATED", "OF_VALUE", "OF_QKV", "OF_QUERY_WEIGHT", "OF_KEY_WEIGHT"), True)
+    constants |= dict.fromkeys(("QUERY_BIASED", "KEY_BIASED", "OF_QUERY_BIAS", "OF_KEY_BIAS"), biased)
+    floats = ("_weight_ptr", "_bias_ptr", "cos_ptr", "sin_ptr", "partials_ptr")
+    for kernel in (kernels._qk_norm_rope_fwd_kernel, kernels._qk_norm_rope_bwd_kernel):
+        names = [n for n in kernel.arg_names if not n.isupper()]
+        signature = {n: element if n.endswith("_ptr") else "i32" for n in names}
+        signature |= {n: "*fp32" for n in names if n.endswith(floats)}
+        signature |= {n: "fp32" for n in names if n.endswith("_eps")}
+        own = {n: c for n, c in constants.items() if n in kernel.arg_names}
+        resources = compile_triton_for_hopper(kernel, signature, own)
+        assert resources.spilled == 0 and resources.registers <= registers, resources
+        assert resources.shared <= 32 << 10 and min(resources.wide) > 0, resources
+
+
+def test_programs_cover_all_tokens_and_heads() -> None:
+    pytest.importorskip("triton")
+    from vfmvae.kernels.qk_norm_rope import tile_of
+
+    for batch, tokens, heads in ((1, 1, 1), (1, 257, 16), (128, 256, 12), (2, 33, 7)):
+        tile = tile_of(batch, tokens, heads, 72)
+        blocks = batch * -(-tokens // tile.height)
+        assert tile.programs % blocks == 0 and tile.width == 128
+        groups = tile.programs // blocks
+        assert (groups - 1) * tile.heads < heads <= groups * tile.heads

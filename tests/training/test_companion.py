@@ -79,7 +79,9 @@ class Leaky(nn.Module):
         super().__init__()
         self.a = nn.Parameter(torch.ones(()))
 
-    def forward(self, latents: Tensor, features: list[Tensor], draws: StepDraws) -> CompanionLosses:
+    def forward(
+        self, latents: Tensor, features: list[Tensor], draws: StepDraws, labels: Tensor | None
+    ) -> CompanionLosses:
         return CompanionLosses(latents.mean(), (self.a * latents).mean())
 
 

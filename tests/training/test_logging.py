@@ -205,7 +205,7 @@ def test_evaluations_and_pictures_reach_file_console_and_trackers(tmp_path: Path
     assert lines(tmp_path / "m", "eval") == [
         {"kind": "eval", "step": 0, "seen_images": 0, "stage": "only", "psnr": 10.25, "ssim": 0.5}
     ]
-    assert output.getvalue().splitlines()[0] == "step 0  held-out images: psnr 10.25  ssim 0.5"
+    assert output.getvalue().splitlines()[0] == "step 0  evaluation: psnr 10.25  ssim 0.5"
     (evaluation, train), names = tracker.scalars.call_args_list, {"l1", "learning_rate_tokenizer"}
     assert evaluation == mock.call("eval", {"psnr": 10.25, "ssim": 0.5}, 0)
     assert train.args[0] == "train" and train.args[2] == 8 and names <= train.args[1].keys()

@@ -32,11 +32,11 @@ def test_tensorboard_reads_what_was_written_and_a_resumed_run_takes_back_what_ca
     tmp_path: Path,
 ) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    Image.new("RGB", (5, 3), (10, 20, 30)).save(tmp_path / "a.png")
+    Image.new("RGB", (5, 3), (10, 20, 30)).save(tmp_path / "reconstructions_000000000004.png")
     first = TensorBoardTracker(tmp_path, seen_images=0)
     for seen_images in (4, 8, 12):
         first.scalars("train", {"l1": seen_images / 4, "kl": math.nan}, seen_images)
-    first.picture(tmp_path / "a.png", 4)
+    first.picture(tmp_path / "reconstructions_000000000004.png", 4)
     first.close(failed=True)
     second = TensorBoardTracker(tmp_path, seen_images=8)
     second.scalars("train", {"l1": 30.0}, 12)
@@ -59,7 +59,7 @@ from vfmvae.training.trackers import LogConfig, open_trackers
 folder = Path(sys.argv[1])
 (tracker,) = open_trackers(LogConfig(wandb=True), folder, 0, {"seed": 424242})
 tracker.scalars("train", {"l1": 0.5, "kl": float("nan")}, 8)
-tracker.picture(folder / "a.png", 8)
+tracker.picture(folder / "reconstructions_000000000004.png", 8)
 tracker.close(failed=False)
 """
 
@@ -68,7 +68,7 @@ def test_weights_and_biases_offline_keeps_one_run_per_folder(tmp_path: Path) -> 
     pytest.importorskip("wandb")
     run = tmp_path / "run"
     run.mkdir()
-    Image.new("RGB", (5, 3)).save(run / "a.png")
+    Image.new("RGB", (5, 3)).save(run / "reconstructions_000000000004.png")
     for _ in range(2):
         run_python("-c", WANDB, str(run), env={"WANDB_MODE": "offline", "HOME": str(tmp_path)})
     name = (run / "wandb_id").read_text().strip()

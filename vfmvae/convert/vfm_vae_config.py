@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
+from vfmvae.convert.arguments import Arguments
 from vfmvae.convert.encoder import resolve_encoder
 from vfmvae.encoders import EncoderConfig
 from vfmvae.ops import Activation
@@ -17,8 +18,6 @@ from vfmvae.tokenizer import (
 )
 from vfmvae.tokenizer.decoder import NUM_BLOCKS
 from vfmvae.tokenizer.fusion import Projection
-
-T = TypeVar("T")
 
 # Arguments that change nothing in the numbers of the network, or belong to training.
 IGNORED = {
@@ -49,49 +48,13 @@ PROJECTIONS: dict[str, Projection] = {"attnproj": "attention", "conv": "conv"}
 ACTIVATIONS: dict[str, Activation] = {"lrelu": "leaky_relu", "gelu": "gelu", "silu": "silu"}
 
 
-class Arguments:
-    """Reads arguments once each and remembers which were not asked for."""
-
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
-        flat = dict(arguments)
-        inner = flat.pop("synthesis_kwargs", None) or {}
-        if not isinstance(inner, Mapping):
-            raise ValueError(f"argument synthesis_kwargs is {inner!r}; needed is a mapping of arguments")
-        flat.update(inner)
-        self._values = flat
-        self._unread = set(map(str, flat))  # YAML has other keys too
-
-    def __call__(self, name: str, default: Any) -> Any:
-        """The value, or `default`, whose type the value must have."""
-        self._unread.discard(name)
-        value = self._values.get(name)
-        if value is None:
-            return default
-        kind = {tuple: list}.get(type(default), type(default))
-        fits = isinstance(value, kind) or (kind is list and isinstance(value, tuple))
-        if kind is float:
-            fits = isinstance(value, (int, float))
-        if default is not None and (not fits or isinstance(value, bool) != (kind is bool)):
-            raise ValueError(f"argument {name} is {value!r}; needed is {kind.__name__}, like {default!r}")
-        return value
-
-    def choice(self, name: str, choices: Mapping[str, T], default: str) -> T:
-        value = self(name, default)
-        if value not in choices:
-            raise ValueError(f"argument {name} is {value!r}; supported are {', '.join(choices)}")
-        return choices[value]
-
-    def unread(self) -> list[str]:
-        return sorted(self._unread)
-
-
 def tokenizer_config(arguments: Mapping[str, Any]) -> TokenizerConfig:
     """Translate published arguments; ValueError names one that is unknown, missing or not supported."""
     if "vfm_name" not in arguments:
         raise ValueError(
             "argument vfm_name is missing: these are not the arguments of a VFM-VAE generator (G_kwargs)"
         )
-    arg = Arguments(arguments)
+    arg = Arguments(_flat(arguments))
     for name, supported in FIXED.items():
         value = arg(name, supported)
         if value != supported:
@@ -124,6 +87,14 @@ def tokenizer_config(arguments: Mapping[str, Any]) -> TokenizerConfig:
             f" change the network"
         )
     return config
+
+
+def _flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    flat = dict(arguments)
+    inner = flat.pop("synthesis_kwargs", None) or {}
+    if not isinstance(inner, Mapping):
+        raise ValueError(f"argument synthesis_kwargs is {inner!r}; needed is a mapping of arguments")
+    return flat | dict(inner)
 
 
 def check_encoder_widths(arguments: Mapping[str, Any], width: int) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -296,6 +297,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(_unfinished(folder))
     data = read_json(path)
     check_format(data.get("format"), path)
+    statistics = [x for x in (data.get("mean"), data.get("std")) if isinstance(x, list)]
+    if any(isinstance(x, float) and not math.isfinite(x) for numbers in statistics for x in numbers):
+        raise ValueError(
+            f"{folder} holds latents that are NaN or infinite, as their mean and deviation say; encode the"
+            f" images again, with --dtype fp32 --storage fp32, into another folder"
+        )
     return from_dict(Manifest, data, str(path))
 
 

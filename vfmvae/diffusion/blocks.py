@@ -55,7 +55,7 @@ class Attention(nn.Module):
 def _qk_norm(norm: nn.Module | None) -> ops.QKNorm | None:
     if isinstance(norm, nn.LayerNorm):
         return ops.QKNorm(norm.weight, norm.bias, norm.eps, "layer")
-    return None if norm is None else ops.QKNorm(norm.weight, None, NORM_EPS, "rms")
+    return ops.QKNorm(norm.weight, None, NORM_EPS, "rms") if isinstance(norm, RMSNorm) else None
 
 
 class MLP(nn.Module):
@@ -80,8 +80,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, fused: bool) -> Tensor:
-        gate, value = linear(x, self.w12).chunk(2, dim=-1)
-        return linear(ops.swiglu(gate, value, fused=fused), self.w3)
+        return linear(ops.swiglu_halves(linear(x, self.w12), fused=fused), self.w3)
 
 
 class Modulation(nn.Sequential):
@@ -107,7 +106,9 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.width)) if config.norm == "rms" else None
 
     def forward(self, x: Tensor, shift: Tensor | None, scale: Tensor, fused: bool) -> Tensor:
-        return ops.norm_modulate(x, shift, scale, self.weight, norm=self.kind, eps=NORM_EPS, fused=fused)
+        return ops.norm_modulate(
+            x, shift, scale, self.weight, norm=self.kind, eps=NORM_EPS, dtype=scale.dtype, fused=fused
+        )
 
 
 class DiTBlock(nn.Module):

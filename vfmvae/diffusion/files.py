@@ -6,7 +6,7 @@ The statistics of the latents that it was trained on are buffers of the model, s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,20 @@ SECTION = "diffusion"
 """Of config.json, in a saved model and in a training run alike."""
 
 
-def save_transformer(model: DiffusionTransformer, path: Path, tokenizer: str | None = None) -> None:
+def save_transformer(
+    model: DiffusionTransformer,
+    path: Path,
+    tokenizer: str | None = None,
+    stages: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Write both files, or raise OSError and leave what was there.
 
-    `tokenizer`: hash of the tokenizer whose latents the model knows (vfmvae.inference.tokenizer_hash).
+    Args:
+        tokenizer: hash of the tokenizer whose latents the model knows (vfmvae.tokenizer.files).
+        stages: how it was trained, the last one last: "path" and "time" of each, as in a run's config.json,
+            by which `vfmvae sample` chooses its times.
     """
-    config = {"format": FORMAT, SECTION: asdict(model.config)}
+    config = {"format": FORMAT, SECTION: asdict(model.config), "stages": list(stages)}
     with replacing(path / MODEL_FILE, path / CONFIG_FILE) as (weights, description):
         write_state(model.state_dict(), weights, {HASH: tokenizer or ""})
         description.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ class Sampling:
     """How latents are made of noise; see docs/sampling.md for the published settings."""
 
     sampler: Sampler = "euler"
-    """Methods for the ODE: euler, heun, dopri5; for the SDE: sde, Euler-Maruyama."""
+    """Methods for the ODE: euler, heun, dopri5; for the SDE: sde, Euler-Maruyama, on the linear path only."""
     steps: int = 250
     """dopri5 chooses its own."""
     guidance: Guidance = field(default_factory=Guidance)
@@ -49,6 +49,14 @@ class Sampling:
         check_shift(self.shift, "sampling.shift")
         if self.sampler == "dopri5" and self.shift != 1:
             raise ValueError(f"sampling.shift is {self.shift}; sampler 'dopri5' chooses its own times")
+
+
+def as_trained(settings: Sampling, shift: float) -> Sampling:
+    """Settings for a model whose times in training were shifted by `shift`, which its grid is then too.
+
+    Shifts multiply, and settings come with one of their own. dopri5 chooses its times itself.
+    """
+    return settings if settings.sampler == "dopri5" else replace(settings, shift=shift * settings.shift)
 
 
 class Sample(NamedTuple):

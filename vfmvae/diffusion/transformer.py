@@ -42,8 +42,8 @@ class TransformerOutput(NamedTuple):
 class DiffusionTransformer(nn.Module):
     """The velocity of latents at any time, see the module's docstring.
 
-    `compute_dtype`: of the activations, float32 until it is set; parameters stay as they are. Results are
-    in it. `fused` may be changed at any time.
+    `compute_dtype`: of the products and what they read, float32 until it is set; parameters and the sum that
+    blocks add to are float32 (or wider) always. Results are in it. `fused` may be changed at any time.
     """
 
     positions: Tensor
@@ -78,6 +78,12 @@ class DiffusionTransformer(nn.Module):
         self.register_buffer("latents_mean", torch.zeros(config.channels))
         self.register_buffer("latents_std", torch.ones(config.channels))
         self.fused = fused
+
+    def cast_weights(self) -> None:
+        """Keep the matrices in the dtype that every forward casts them to; for models that do not train."""
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                parameter.data = parameter.data.to(self.dtype)
 
     def normalise(self, latents: Tensor) -> Tensor:
         """A tokenizer's latents [B, C, h, w] -> what the model sees: each channel of mean 0 and std 1."""
@@ -123,7 +129,7 @@ class DiffusionTransformer(nn.Module):
         for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens, c, rotation)
             if number == self.config.alignment_depth:
-                projected = [projector(tokens) for projector in self.projectors]
+                projected = [projector(tokens.to(c.dtype)) for projector in self.projectors]
         patches, class_velocity = self.final_layer(tokens, c, self.fused)
         velocity = self._unpatchify(patches)
         if self.config.published_time == "data":
@@ -137,10 +143,10 @@ class DiffusionTransformer(nn.Module):
         tokens, c, rotation = self._embed(x, t, y, class_token)
         for block in self.blocks[: self.config.alignment_depth]:
             tokens = block(tokens, c, rotation)
-        return [projector(tokens) for projector in self.projectors]
+        return [projector(tokens.to(c.dtype)) for projector in self.projectors]
 
     def features(self, x: Tensor, t: Tensor, y: Tensor, class_token: Tensor | None = None) -> list[Tensor]:
-        """Patch tokens [B, n*n, D] after each block."""
+        """Patch tokens [B, n*n, D] after each block, in float32."""
         self._check(x, t, y, class_token)
         tokens, c, rotation = self._embed(x, t, y, class_token)
         found = []
@@ -157,7 +163,7 @@ class DiffusionTransformer(nn.Module):
         tokens = self.x_embedder(x.to(dtype))
         if self.class_token_embedder is not None and class_token is not None:
             tokens = torch.cat([self.class_token_embedder(class_token.to(dtype)), tokens], dim=1)
-        tokens = tokens + self.positions.to(dtype)
+        tokens = tokens + self.positions  # float32 from here on: dozens of branches are added to it
         if self.config.published_time == "data":
             t = 1 - t
         c = self.t_embedder(t, dtype) + self.y_embedder(y, dtype)

@@ -28,6 +28,7 @@ def operation(
     fake: Callable[..., Any],
     device_types: str | Sequence[str],
     autograd: Autograd | None = None,
+    eager: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Make `run` the operation vfmvae::`name`; returns what to call, with positional arguments.
 
@@ -35,6 +36,7 @@ def operation(
         run: computes new tensors from its arguments, whose types its signature declares.
         fake: the same signature; gives results of the right shape and layout without values.
         autograd: None for an operation that is not differentiated, such as the backward of another.
+        eager: what takes the place of `run` in eager mode, where results may be views of the arguments.
 
     `run` and the backward are called outside of torch.autocast, which would give results of other dtypes
     than `fake` promises.
@@ -45,13 +47,13 @@ def operation(
         f"vfmvae::{name}", run, mutates_args=(), device_types=device_types, schema=schema
     )
     custom.register_fake(fake)
-    eager = run
+    eager = run if eager is None else _without_autocast(eager)
     if autograd is not None:
         backward = autograd.backward if autograd.again else _once(name, autograd.backward)
         backward = _without_autocast(backward)
         custom.register_autograd(backward, setup_context=autograd.setup_context)
         members = {
-            "forward": staticmethod(run),
+            "forward": staticmethod(eager),
             "setup_context": staticmethod(autograd.setup_context),
             "backward": staticmethod(backward),
         }

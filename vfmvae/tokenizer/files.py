@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -44,6 +45,17 @@ def load_tokenizer(
         tokenizer = Tokenizer(config, encoder_weights=None, fused=fused)
     load_weights(tokenizer, folder / MODEL_FILE, device)
     return tokenizer.to(device).eval()  # what is in no file moves too
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """SHA-256 of the config and of every parameter and buffer by name: the same wherever the files lie."""
+    config = dataclasses.asdict(tokenizer.config)
+    config["encoder"]["weights"] = None  # where they once came from
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _config_json(config: TokenizerConfig) -> str:

@@ -8,8 +8,9 @@ what this module says, and no more.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor, nn
 
 from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.training.draws import StepDraws
+from vfmvae.training.ema import EMA, EmaConfig
 from vfmvae.training.forward import StepOutput
-from vfmvae.training.guard import StepGuard
+from vfmvae.training.guard import BufferGuard, StepGuard
 from vfmvae.training.optim import OptimizerConfig, learning_rate, set_learning_rate
+
+NO_AVERAGE = EmaConfig(half_life_images=0)
 
 
 class CompanionLosses(NamedTuple):
@@ -29,18 +33,21 @@ class CompanionLosses(NamedTuple):
     """Differentiated to the latents too, with the companion's weight."""
     own: Tensor
     """For the companion alone: it must not depend on the latents' graph."""
+    measures: Mapping[str, Tensor] = MappingProxyType({})
+    """What the log shows beside them, without a graph."""
 
 
 @dataclass
 class Companion:
     """One such model in a run.
 
-    `model(latents, features, draws)` gives `CompanionLosses` from latents [B, z, h, w] (sampled, in float32),
-    the encoder's features (one [B, N, C] per layer, without a graph) and the step's random draws
-    (`StepDraws`). With engine.graphs its Python runs in the first two steps of a kind only: what changes from
-    step to step must come from tensors and `draws.normal` and the like, not from plain numbers, counters or
-    `draws.decisions`. It learns from weight * of_latents + own, the tokenizer from weight * of_latents. Where
-    the weight is 0 the latents have no graph, and the companion learns from its own loss.
+    `model(latents, features, draws, labels)` gives `CompanionLosses` from latents [B, z, h, w] (sampled, in
+    float32), the encoder's features (one [B, N, C] per layer, without a graph), the step's random draws
+    (`StepDraws`) and the images' labels (int64 [B], -1 for none; None where batches have none). With
+    engine.graphs its Python runs in the first two steps of a kind only: what changes from step to step must
+    come from tensors and `draws.normal` and the like, not from plain numbers, counters or `draws.decisions`.
+    It learns from weight * of_latents + own, the tokenizer from weight * of_latents. Where the weight is 0
+    the latents have no graph, and the companion learns from its own loss.
     """
 
     name: str
@@ -54,6 +61,9 @@ class Companion:
     """Whose learning rate is followed over the whole run, across its stages."""
     optimizer: torch.optim.Optimizer
     guard: StepGuard
+    average: EMA
+    buffers: BufferGuard
+    ema: EmaConfig = NO_AVERAGE
     _checked: bool = field(default=False, init=False)
 
     @property
@@ -71,7 +81,12 @@ class Companion:
         return rate
 
     def backward(
-        self, output: StepOutput, draws: StepDraws, weight: float | Tensor | None, scale: Tensor
+        self,
+        output: StepOutput,
+        draws: StepDraws,
+        labels: Tensor | None,
+        weight: float | Tensor | None,
+        scale: Tensor,
     ) -> dict[str, Tensor]:
         """Backward of one part's losses times `scale`, to the companion and to `output.leaf`; returns them.
 
@@ -79,12 +94,12 @@ class Companion:
         """
         latents = output.leaf.detach() if weight is None else output.leaf
         features = [layer.detach() for layer in output.features]  # with a trained encoder they have a graph
-        found = self.model(latents, features, draws)
+        found = self.model(latents, features, draws, labels)
         if latents.requires_grad and not self._checked:
             self._check(found.own, latents)
         # Without a weight too: every parameter gets a gradient, which DDP waits for.
         (scale * ((0.0 if weight is None else weight) * found.of_latents + found.own)).backward()
-        return {self.name: found.of_latents, f"{self.name}_own": found.own}
+        return {self.name: found.of_latents, f"{self.name}_own": found.own, **found.measures}
 
     def _check(self, own: Tensor, latents: Tensor) -> None:
         (reached,) = torch.autograd.grad(own, latents, retain_graph=True, allow_unused=True)

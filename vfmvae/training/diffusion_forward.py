@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vfmvae.diffusion.flow import path_point, times
 from vfmvae.diffusion.transformer import DiffusionTransformer, TransformerOutput
 from vfmvae.losses.diffusion import cosine_loss, standardise_tokens, token_alignment_loss, velocity_loss
-from vfmvae.training.diffusion_stage import DiffusionStageConfig
+from vfmvae.training.diffusion_stage import DiffusionObjective
 from vfmvae.training.draws import StepDraws
 
 
@@ -39,7 +39,7 @@ class Noised(NamedTuple):
     class_velocity: Tensor | None
 
 
-def noised(inputs: DiffusionInputs, stage: DiffusionStageConfig, draws: StepDraws, null: int) -> Noised:
+def noised(inputs: DiffusionInputs, stage: DiffusionObjective, draws: StepDraws, null: int) -> Noised:
     """Draws times, noise and dropped labels, always in this order and number, and mixes."""
     shape = inputs.latents.shape[1:]
     numbers = draws.uniform(()) if stage.time.draws == "uniform" else draws.normal(())
@@ -62,7 +62,7 @@ class DiffusionForward(nn.Module):
         self.model = model
 
     def forward(
-        self, inputs: DiffusionInputs, stage: DiffusionStageConfig, draws: StepDraws, terms: Collection[str]
+        self, inputs: DiffusionInputs, stage: DiffusionObjective, draws: StepDraws, terms: Collection[str]
     ) -> dict[str, Tensor]:
         """The losses of these terms by name, unweighted scalars in float32."""
         at = noised(inputs, stage, draws, self.model.config.classes)
@@ -95,7 +95,7 @@ def alignment_loss(projected: list[Tensor], target: Tensor) -> Tensor:
 
 
 def alignment_target(
-    inputs: DiffusionInputs, model: DiffusionTransformer, stage: DiffusionStageConfig
+    inputs: DiffusionInputs, model: DiffusionTransformer, stage: DiffusionObjective
 ) -> Tensor:
     """The encoder's tokens [B, N, D] as the model has its own: pooled onto its grid, the class token first.
 
@@ -118,7 +118,7 @@ def pooled_tokens(features: Tensor, side: int) -> Tensor:
         raise ValueError(
             f"the encoder's {features.shape[1]} tokens cannot be compared with the model's {side} x {side}:"
             f" needed is a square grid of a multiple of {side}; choose another encoder.scale_factor or"
-            f" model.patch"
+            f" diffusion.patch"
         )
     if n == side:
         return features

@@ -40,12 +40,9 @@ class DiffusionLosses:
 
 
 @dataclass(frozen=True)
-class DiffusionStageConfig:
-    """One stage of a diffusion run; the defaults are those of REG on VFM-VAE latents, without REG itself."""
+class DiffusionObjective:
+    """How a diffusion model learns; the defaults are those of REG on VFM-VAE latents, without REG itself."""
 
-    name: str = "train"
-    images: int = 102_400_000
-    """Length of the stage, in images seen."""
     losses: DiffusionLosses = field(default_factory=DiffusionLosses)
     time: TimeConfig = field(default_factory=TimeConfig)
     path: Path = "linear"
@@ -61,18 +58,29 @@ class DiffusionStageConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout is {self.label_dropout}; it must lie in [0, 1]")
+        if self.standardise_features and not self.losses.alignment:
+            raise ValueError("standardise_features is about losses.alignment, whose weight is 0")
+
+
+@dataclass(frozen=True)
+class DiffusionStageConfig(DiffusionObjective):
+    """One stage of a diffusion run."""
+
+    name: str = "train"
+    images: int = 102_400_000
+    """Length of the stage, in images seen."""
+
+    def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("a stage needs a name")
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ValueError(f"stage {self.name!r}: {error}") from None
         if self.images < 1:
             raise ValueError(f"stage {self.name!r}: images is {self.images}; it must be at least 1")
-        if not 0 <= self.label_dropout <= 1:
-            raise ValueError(
-                f"stage {self.name!r}: label_dropout is {self.label_dropout}; it must lie in [0, 1]"
-            )
-        if self.standardise_features and not self.losses.alignment:
-            raise ValueError(
-                f"stage {self.name!r}: standardise_features is about losses.alignment, whose weight is 0"
-            )
 
 
 def half_life_of(decay: float, batch_size: int) -> float:

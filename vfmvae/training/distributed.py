@@ -104,6 +104,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def wait_for_all() -> None:
+    """Wait until every process is here, however long some of them still work; a barrier gives up sooner."""
+    if world_size() == 1:
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"vfmvae/wait_for_all/{next(_turns)}"
+    store.set(f"{key}/{rank()}", "here")
+    store.wait([f"{key}/{other}" for other in range(world_size())], LONG)
+
+
 @contextlib.contextmanager
 def first_rank_first() -> Iterator[None]:
     """What is inside is done by rank 0 before the others begin, who wait for hours if it takes them."""

@@ -178,7 +178,8 @@ class BufferGuard:
     @torch.no_grad()
     def keep(self) -> None:
         """Remember the buffers before a step."""
-        torch._foreach_copy_(self._before, self._buffers)
+        if self._buffers:
+            torch._foreach_copy_(self._before, self._buffers)
 
     @torch.no_grad()
     def restore(self, skip: Tensor) -> None:

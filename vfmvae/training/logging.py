@@ -4,7 +4,7 @@ metrics.jsonl holds one JSON object per line, of three kinds, each with "step" a
 
     start   a process begins here: time, versions, device, "total_images"
     train   means over an interval: losses by name, "learning_rate_<name>", and INTERVAL_KEYS
-    eval    quality of held-out images by name
+    eval    quality by name, of an evaluation
 
 Names end in their unit. A value that is not finite is null.
 """
@@ -148,7 +148,7 @@ class TrainingLog:
             self._last = self._last._replace(stage=stage)
 
     def evaluation(self, now: Position, quality: Mapping[str, float]) -> None:
-        """Record the quality of held-out images, mean per name; call it before this step's checkpoint."""
+        """Record what an evaluation has measured, by name; call it before this step's checkpoint."""
         if self._main:
             self._append("eval", now, quality)
             for tracker in self._trackers:
@@ -313,7 +313,7 @@ class _Display:
         self._print("  ".join([*head, _listed(means)]))
 
     def evaluation(self, now: Position, quality: Mapping[str, float]) -> None:
-        self._print(f"step {now.step}  held-out images: {_listed(quality)}")
+        self._print(f"step {now.step}  evaluation: {_listed(quality)}")
 
     def _images(self, now: Position) -> str:
         return f"{short_count(now.seen_images)}/{short_count(self._total_images)}"

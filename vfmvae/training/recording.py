@@ -38,17 +38,26 @@ class StandingInputs:
     draws: dict[tuple[int, int], dict[int, Draw]] = field(default_factory=dict)
     """By first image and stream."""
     images: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    """Of the images; none where the batches come without."""
     weights: dict[str, Tensor] = field(default_factory=dict)
     _written: dict[str, float] = field(default_factory=dict)
 
-    def place(self, images: Sequence[Tensor], weights: Mapping[str, float]) -> None:
-        """Give a step's images and weights a place."""
+    def place(self, images: Sequence[Tensor], labels: Sequence[Tensor], weights: Mapping[str, float]) -> None:
+        """Give a step's images, labels and weights a place."""
         self.images = [part.clone() for part in images]
+        self.labels = [part.clone() for part in labels]
         self.weights = {name: torch.zeros((), device=self.sigma.device) for name in weights}
 
-    def write(self, images: Sequence[Tensor], weights: Mapping[str, float], sigma: float) -> None:
+    def write(
+        self,
+        images: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        weights: Mapping[str, float],
+        sigma: float,
+    ) -> None:
         """Put those of another step there. Most weights stay the same, and take no time."""
-        for place, part in zip(self.images, images, strict=True):
+        for place, part in zip([*self.images, *self.labels], [*images, *labels], strict=True):
             place.copy_(part, non_blocking=True)
         for name, value in {**weights, "": sigma}.items():
             if self._written.get(name) != value:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,19 @@ def recompute_blocks(blocks: Iterable[nn.Module], mode: Compile) -> None:
         block.forward = functools.partial(  # type: ignore[method-assign]
             checkpoint, forward, use_reentrant=False, preserve_rng_state=False
         )
+
+
+@contextmanager
+def keeping_graphs(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """While entered, blocks that `recompute_blocks` has changed keep their graphs."""
+    changed = [(block, block.forward) for block in blocks if isinstance(block.forward, functools.partial)]
+    for block, recomputing in changed:
+        block.forward = recomputing.args[0]  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block, recomputing in changed:
+            block.forward = recomputing  # type: ignore[method-assign]
 
 
 def _compile_options() -> dict[str, Any]:

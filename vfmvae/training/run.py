@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from vfmvae.data import Fault, worker_deaths
+from vfmvae.data import worker_deaths
 from vfmvae.data.quarantine import Quarantine
 from vfmvae.serialization import to_json
 from vfmvae.training.checkpoint import Checkpoints
@@ -33,75 +31,16 @@ from vfmvae.training.distributed import (
     rank,
     world_size,
 )
+from vfmvae.training.job import Job, StepResult
 from vfmvae.training.logging import Position, TrainingLog
 from vfmvae.training.run_config import RunConfig
 from vfmvae.training.run_folder import RunFolder
 from vfmvae.training.run_lock import run_lock
 from vfmvae.training.safety import StopRequest
-from vfmvae.training.state import TrainingState
 from vfmvae.training.trackers import Tracker, open_trackers
 
 MOST_SAID = 5
 """Images that cannot be read, of one step, that are named on the screen; the list has all."""
-
-
-class StepResult(NamedTuple):
-    """What a step reports, all on the device."""
-
-    losses: dict[str, Tensor]  # unweighted scalars, and "total"
-    skipped: Tensor  # 1.0 if any update of the step was skipped, else 0.0
-
-
-class DataIdentity(NamedTuple):
-    """Of a data set, to notice that it is another one than before."""
-
-    name: str
-    images: int
-    keys: str  # SHA-256 of the images' names, or of their bytes
-
-
-class Job(Protocol):
-    """What the loop asks of a run's models and what trains them, in this process."""
-
-    state: TrainingState
-    """What checkpoints hold; its numbers have the number of the "stage"."""
-
-    @property
-    def config(self) -> RunConfig: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def steps(self) -> int:
-        """Of the whole run."""
-        ...
-
-    @property
-    def stage_name(self) -> str: ...
-    @property
-    def images(self) -> int:
-        """That it reads from, held-out ones included."""
-        ...
-
-    @property
-    def faults(self) -> list[Fault]:
-        """Images that could not be read and are not reported yet."""
-        ...
-
-    def take_faults(self) -> list[Fault]: ...
-    def enter_stage(self, number: int) -> None: ...
-    def check_position(self, step: int, stage: int) -> None: ...
-    def begin_step(self) -> Mapping[str, float]:
-        """Go to the present step's stage and learning rates, and return these by name."""
-        ...
-
-    def batches(self, start: int) -> Generator[Any, None, None]:
-        """This process's part of every step's batch from `start` on."""
-        ...
-
-    def skips_in_a_row(self) -> int: ...
-    def data_identity(self) -> DataIdentity | None:
-        """None for data that cannot change."""
-        ...
 
 
 J = TypeVar("J", bound=Job)
@@ -267,6 +206,8 @@ class Run(ABC, Generic[J, E]):
                 result = self.step(batch)
                 job.state.step += 1
                 means = log.step(self.position, result.losses, rates, result.skipped)
+                if means is not None:
+                    self.watch(means)
                 if means is not None and log.skips_in_a_row >= config.safety.max_skips:
                     return False
                 if self.evaluation_due():
@@ -371,6 +312,9 @@ class Run(ABC, Generic[J, E]):
         self.console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
     # What differs between the kinds of runs
+
+    def watch(self, means: dict[str, float]) -> None:
+        """Take the means of an interval, equal in all processes; FloatingPointError ends the run."""
 
     @abstractmethod
     def step(self, batch: Any) -> StepResult:

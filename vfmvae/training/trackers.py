@@ -45,7 +45,7 @@ class Tracker(Protocol):
         """Record values under `kind`, "train" or "eval"; they may be NaN."""
 
     def picture(self, path: Path, seen_images: int) -> None:
-        """Record a PNG of reconstructions."""
+        """Record a PNG of reconstructions or samples, under what its name begins with."""
 
     def close(self, failed: bool) -> None:
         """Flush everything; nothing is recorded afterwards."""
@@ -84,7 +84,7 @@ class TensorBoardTracker:
     def picture(self, path: Path, seen_images: int) -> None:
         with Image.open(path) as picture:
             pixels = np.asarray(picture.convert("RGB"))
-        self._writer.add_image("reconstructions", pixels, seen_images, dataformats="HWC")
+        self._writer.add_image(path.stem.partition("_")[0], pixels, seen_images, dataformats="HWC")
 
     def close(self, failed: bool) -> None:
         self._writer.close()
@@ -123,7 +123,8 @@ class WandbTracker:
         self._run.log({**named, "seen_images": seen_images})
 
     def picture(self, path: Path, seen_images: int) -> None:
-        self._run.log({"reconstructions": self._image(str(path)), "seen_images": seen_images})
+        kind = path.stem.partition("_")[0]
+        self._run.log({kind: self._image(str(path)), "seen_images": seen_images})
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))

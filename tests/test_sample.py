@@ -1,0 +1,242 @@
+"""`vfmvae sample`: the images are the tokenizer's of the sampler's latents, whoever makes them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vfmvae
+from tests.commands import run, save_tiny
+from tests.distributed.launch import run as torchrun
+from tests.tokenizer.tiny import tiny_config, tiny_tokenizer
+from vfmvae.diffusion import DiffusionTransformer, TransformerConfig
+from vfmvae.diffusion.files import save_transformer
+from vfmvae.diffusion.sampling import sample_noise
+from vfmvae.images import to_uint8
+from vfmvae.sample_labels import label_of
+from vfmvae.tokenizer.files import tokenizer_hash
+
+CONFIG = TransformerConfig(latent_size=4, channels=8, width=32, depth=2, heads=4, classes=5)
+module = importlib.import_module("vfmvae.sample")  # `from vfmvae import sample` is the function
+FEW = ("--count", "6", "--steps", "4")
+
+
+def save_diffusion(folder: Path, seed: int = 1, tokenizer: str | None = None, **options: object) -> Path:
+    """A model with random weights, zeros included, and statistics that are not 0 and 1."""
+    torch.manual_seed(seed)
+    model = DiffusionTransformer(TransformerConfig(**{**vars(CONFIG), **options}))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.latents_mean.copy_(torch.linspace(-1, 1, model.config.channels))
+    model.latents_std.fill_(0.5)
+    save_transformer(model, folder, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def diffusion(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_diffusion(tmp_path_factory.mktemp("diffusion"), tokenizer=tokenizer_hash(vfmvae.load(tiny)))
+
+
+def made(diffusion: Path, tiny: Path, output: Path, *more: str | Path) -> tuple[np.ndarray, list[int], dict]:
+    """Images uint8 [N, H, W, 3], labels and settings that the command wrote."""
+    assert run(module, diffusion, "--tokenizer", tiny, "--output", output, *FEW, *more) == 0
+    with np.load(output / "samples.npz") as archive:
+        images, labels = archive["arr_0"], archive["arr_1"]
+    assert images.dtype == np.uint8 and labels.dtype == np.int64
+    return images, labels.tolist(), json.loads((output / "samples.json").read_text())
+
+
+def test_images_are_decoded_latents(
+    diffusion: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guided = ["--sampler", "heun", "--guidance", "2", "--guidance-interval", "0.2", "0.8", "--shift", "2"]
+    options = [*guided, "--guidance-channels", "3", "--classes", "4,1,2", "--labels", "balanced", "--png"]
+    images, labels, said = made(diffusion, tiny, tmp_path / "out", *options, "--seed", "9")
+    assert labels == [4, 1, 2, 4, 1, 2]
+    model, noise = vfmvae.load(diffusion), sample_noise(9, range(6), (8, 4, 4))
+    latents = vfmvae.sample(
+        model, noise, torch.tensor(labels), "heun", 4, 2.0, (0.2, 0.8), shift=2.0, guidance_channels=3
+    )
+    latents = latents * 0.5 + torch.linspace(-1, 1, 8).view(8, 1, 1)
+    with torch.no_grad():
+        expected = to_uint8(vfmvae.load(tiny).decode(latents)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images.astype(int) - expected).max() <= 1 and images.std() > 5
+    assert len(np.unique(images.reshape(6, -1), axis=0)) == 6
+
+    files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*"))
+    singles = [f"images/{number:06}.png" for number in range(6)]
+    assert files == [*singles, "samples.json", "samples.npz", "samples.png"]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / singles[5])), images[5])
+    sheet = np.asarray(Image.open(tmp_path / "out/samples.png"))
+    assert sheet.shape == (128, 192, 3) and np.array_equal(sheet[64:, 128:], images[5])
+
+    assert said["sampling"]["guidance"]["interval"] == [0.2, 0.8] and said["sampling"]["sampler"] == "heun"
+    assert (said["images"], said["seed"], said["dtype"]) == (6, 9, "float32")
+    assert said["classes"] == [4, 1, 2] and said["tokenizer_hash"] == tokenizer_hash(vfmvae.load(tiny))
+    assert said["labels"] == "exactly 2 images of each of 3 classes"
+    output = capsys.readouterr().out
+    assert said["labels"] in output and "note:" not in output
+
+
+def test_batches_and_processes_change_no_image(diffusion: Path, tiny: Path, tmp_path: Path) -> None:
+    options = ("--sampler", "sde", "--guidance", "1.5")
+    whole, labels, _ = made(diffusion, tiny, tmp_path / "whole", *options)
+    parts, same, _ = made(diffusion, tiny, tmp_path / "parts", *options, "--batch-size", "2")
+    assert same == labels and np.abs(parts.astype(int) - whole).max() <= 1
+    arguments = [diffusion, "--tokenizer", tiny, "--output", tmp_path / "two", *FEW, *options]
+    assert torchrun("vfmvae.sample", *arguments).count("6 images in") == 1
+    with np.load(tmp_path / "two/samples.npz") as archive:
+        assert archive["arr_1"].tolist() == labels
+        assert np.abs(archive["arr_0"].astype(int) - whole).max() <= 1
+    names = ["samples.json", "samples.npz", "samples.png"]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+
+
+def test_random_labels_follow_the_seed_and_are_even() -> None:
+    labels = [label_of(number, range(5), "random", 3) for number in range(2000)]
+    counts = np.bincount(labels, minlength=5)
+    assert ((counts > 330) & (counts < 470)).all(), "400 each, give or take four standard deviations"
+    assert labels[:50] == [label_of(number, range(5), "random", 3) for number in range(50)]
+    assert labels[:50] != [label_of(number, range(5), "random", 4) for number in range(50)]
+
+
+def test_a_model_with_a_class_token_and_autoguidance(tiny: Path, tmp_path: Path) -> None:
+    strong = save_diffusion(tmp_path / "strong", class_token_width=6)
+    weak = save_diffusion(tmp_path / "weak", seed=2, class_token_width=6, depth=1, alignment_depth=1)
+    plain, labels, said = made(strong, tiny, tmp_path / "plain")
+    assert said["guide"] is None
+    options = ("--guide", weak, "--guidance", "1.5", "--class-token-guidance", "1.2")
+    guided, same, said = made(strong, tiny, tmp_path / "guided", *options)
+    assert same == labels and np.abs(guided.astype(int) - plain).max() > 5
+    assert said["guide"] == str(weak) and len(said["guide_sha256"]) == 64
+    assert said["guide_sha256"] != said["model_sha256"]
+
+
+def test_another_tokenizer_is_said_or_refused(
+    diffusion: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny_tokenizer()
+    other.align.weight.data.zero_()
+    other.save(tmp_path / "other")
+    output = ["--output", tmp_path / "out", "--count", "1", "--steps", "1"]
+    assert run(module, diffusion, "--tokenizer", tmp_path / "other", *output) == 0
+    assert "note: the model was trained on latents of another tokenizer" in capsys.readouterr().out
+    tiny_tokenizer(tiny_config(latent_channels=4)).save(tmp_path / "narrow")
+    assert run(module, diffusion, "--tokenizer", tmp_path / "narrow", "--output", tmp_path / "new") == 1
+    assert "makes latents of 8 channels; this tokenizer has 4" in capsys.readouterr().err
+    odd = save_diffusion(tmp_path / "odd", latent_size=6)
+    assert run(module, odd, "--tokenizer", tmp_path / "other", "--output", tmp_path / "new") == 1
+    assert "images of 96 px" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def of_a_run(folder: Path, **training: object) -> Path:
+    """A saved model's folder with what a training run's config.json says beside the model."""
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"diffusion": described["diffusion"], **training}))
+    return folder
+
+
+def test_a_run_on_pixels_needs_no_tokenizer(tmp_path: Path) -> None:
+    folder = of_a_run(save_diffusion(tmp_path / "run", channels=3), data="scenes", tokenizer=None)
+    arguments = ["--output", tmp_path / "out", "--labels", "balanced", "--count", "5", "--steps", "2"]
+    assert run(module, folder, *arguments) == 0
+    model, noise = vfmvae.load(folder), sample_noise(0, range(5), (3, 4, 4))
+    pixels = model.denormalise(vfmvae.sample(model, noise, torch.arange(5), steps=2))
+    with np.load(tmp_path / "out/samples.npz") as archive:
+        assert np.array_equal(archive["arr_0"], to_uint8(pixels).permute(0, 2, 3, 1).numpy())
+    assert json.loads((tmp_path / "out/samples.json").read_text())["tokenizer"] is None
+
+
+def test_a_run_knows_its_tokenizer_and_path(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [{"path": "cosine"}]
+    folder = of_a_run(save_diffusion(tmp_path / "run"), latents="l", tokenizer=str(tiny), stages=stages)
+    assert run(module, folder, "--output", tmp_path / "out", "--count", "1", "--steps", "1") == 0
+    assert json.loads((tmp_path / "out/samples.json").read_text())["tokenizer"] == str(tiny)
+    assert run(module, folder, "--output", tmp_path / "sde", "--sampler", "sde") == 2
+    assert "this run learned the cosine path" in capsys.readouterr().err
+
+
+def test_mistakes_are_named(
+    diffusion: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    for arguments, code, words in [
+        (["--guidance-interval", "0.8", "0.2"], 2, "guidance.interval is 0.8 to 0.2"),
+        (["--guidance-interval", "0", "1.5"], 2, "guidance.interval is 0.0 to 1.5"),
+        (["--classes", "1,5"], 2, "class 5 does not exist; this model has 0 to 4"),
+        (["--classes", "1,1"], 2, "names a class twice"),
+        (["--classes", "cat"], 2, "classes is 'cat'"),
+        (["--labels", "balanced", "--count", "7"], 2, "7 images cannot be divided among 5 classes"),
+        (["--steps", "0"], 2, "sampling.steps is 0"),
+        (["--sampler", "dopri5", "--steps", "5"], 2, "chooses its own"),
+        (["--guide", diffusion], 2, "guide does nothing"),
+        (["--guidance-channels", "9", "--guidance", "2"], 1, "the latents have 8 channels"),
+        (["--output", tmp_path / "full"], 1, "is not empty"),
+        (["--device", "nowhere"], 2, "device 'nowhere'"),
+    ]:
+        given = ["--tokenizer", tiny, "--output", tmp_path / "out", *arguments]
+        assert run(module, diffusion, *given) == code, arguments
+        error = capsys.readouterr().err
+        assert words in error and "Traceback" not in error
+    assert run(module, tiny, "--tokenizer", tiny, "--output", tmp_path / "out") == 1
+    assert "describes no diffusion model" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("samples.*"))
+
+
+def test_a_guide_of_other_latents_is_refused(
+    diffusion: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = vfmvae.load(save_diffusion(tmp_path / "guide"))
+    other.latents_std.fill_(0.7)
+    save_transformer(other, tmp_path / "guide")
+    given = ["--tokenizer", tiny, "--output", tmp_path / "out", "--guide", tmp_path / "guide"]
+    assert run(module, diffusion, *given, "--guidance", "2") == 1
+    assert "the guide was trained on other latents" in capsys.readouterr().err
+
+
+def test_latents_that_are_not_finite_end_it(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_diffusion(tmp_path / "broken")
+    broken = vfmvae.load(folder)
+    with torch.no_grad():
+        broken.y_embedder.embedding_table.weight[3] = torch.nan
+    save_transformer(broken, folder)
+    given = ["--tokenizer", tiny, "--output", tmp_path / "out", "--labels", "balanced", "--count", "5"]
+    assert run(module, folder, *given, "--steps", "2") == 1
+    assert "the latents of image 3 (class 3) are not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_interrupt_leaves_nothing_and_a_kill_nothing_in_the_way(
+    diffusion: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> object:
+        raise KeyboardInterrupt
+
+    given = ["--tokenizer", tiny, "--output", tmp_path / "out", *FEW]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_arrays", interrupted)
+        assert run(module, diffusion, *given) == 130
+    assert not list(tmp_path.rglob("*.npz*")) and not list(tmp_path.rglob("*.partial"))
+    for path in (tmp_path / "out").iterdir():
+        path.unlink()
+    (tmp_path / "out" / module.PIXELS).write_bytes(b"of a process that was killed")
+    assert run(module, diffusion, *given) == 0
+    assert not list(tmp_path.rglob("*.partial"))
