@@ -180,7 +180,7 @@ class Reach(NamedTuple):
     """Steps of the first over steps of the second, to the same distance."""
 
     ratio: float
-    kind: Literal["measured", "at least", "less than"]
+    kind: Literal["measured", "at least", "less than", "unresolved"]
 
     def __str__(self) -> str:
         return f"{'' if self.kind == 'measured' else self.kind + ' '}{self.ratio:.2f}"
@@ -191,7 +191,8 @@ def steps_to_reach(steps: Sequence[int], first: Sequence[float], second: Sequenc
 
     Steps that the first needs (all of them, or fewer where it was there before) over those of the second,
     both interpolated linearly between measurements. A second curve below at its first measurement gives a
-    lower bound; one that never comes there an upper bound. ValueError for curves of other lengths.
+    lower bound; one that never comes there an upper bound, and so does a first curve that was there at its
+    first measurement. If both were, nothing is known. ValueError for curves of other lengths.
     """
     if not len(steps) == len(first) == len(second) >= 1:
         raise ValueError(
@@ -200,9 +201,13 @@ def steps_to_reach(steps: Sequence[int], first: Sequence[float], second: Sequenc
     goal = first[-1]
     of_first, of_second = _crossing(steps, first, goal), _crossing(steps, second, goal)
     assert of_first is not None, "a curve reaches its own end"
-    if of_second is None:
-        return Reach(of_first / steps[-1], "less than")
-    return Reach(of_first / of_second, "at least" if second[0] <= goal and first[0] > goal else "measured")
+    early, second_early = first[0] <= goal, second[0] <= goal
+    ratio = of_first / (steps[-1] if of_second is None else of_second)
+    if early and second_early:
+        return Reach(ratio, "unresolved")
+    if early or of_second is None:
+        return Reach(ratio, "less than")
+    return Reach(ratio, "at least" if second_early else "measured")
 
 
 def _crossing(steps: Sequence[int], values: Sequence[float], goal: float) -> float | None:

@@ -83,7 +83,8 @@ STEPS = (100, 200, 400)
         ((9, 6, 3), (9, 8, 7), 400 / 400, "less than"),
         ((9, 3, 3), (9, 8, 7), 200 / 400, "less than"),
         ((9, 1, 5), (9, 5, 6), 150 / 200, "measured"),
-        ((3, 3, 3), (9, 6, 3), 100 / 400, "measured"),
+        ((3, 3, 3), (9, 6, 3), 100 / 400, "less than"),
+        ((3, 3, 3), (2, 6, 3), 1.0, "unresolved"),
     ],
 )
 def test_steps_to_reach(first: list[float], second: list[float], ratio: float, kind: str) -> None:
