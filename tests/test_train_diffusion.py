@@ -294,7 +294,7 @@ def test_a_plan_is_shown_without_latents(
             ("--latents", "absent"),
             "error: no folder absent exists; give one that `vfmvae encode` has written",
         ),
-        (("--data", "scenes"), "has losses.alignment, and nothing gives features; name an encoder, or a tokenizer"),
+        (("--data", "scenes"), "has losses.alignment, and nothing gives features; name an encoder"),
         (("--evaluation.sampling.guidance.interval", "0", "2"), "it must rise and lie in [0, 1]"),
         (("--recipe", "demo"), "unknown recipe 'demo'; known: diffusion_demo, vfm_vae_reg_xl"),
     ],
