@@ -213,7 +213,7 @@ def changed(folder: Path, path: str, value: object) -> None:
         ("shards.1.images", -1, "said to hold -1 images"),
         ("latent_shape", [3, 4, 0], "shape"),
         ("latent_shape", [4, 4, 2], "3 means and 3 stds for 4 channels"),
-        ("mean.0", float("nan"), "a finite number"),
+        ("mean.0", float("nan"), "NaN or infinite, as their mean and deviation say"),
         ("format", 1, "has format 1; this version reads format 2: encode the images again"),
         ("format", [1], r"has format \[1\]"),
         ("surprise", 1, "unknown field 'surprise'"),

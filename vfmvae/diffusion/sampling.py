@@ -197,7 +197,10 @@ def _solve(
         return joined(*velocity(*split(state), t, start))
 
     def fresh(step: int) -> Tensor:
-        return sample_noise(seed, numbers, state.shape[1:], FIRST_STEP + step)
+        drawn = sample_noise(seed, numbers, state.shape[1:], FIRST_STEP + step)
+        if noise.is_cuda:  # drawn while the device computes, which the copy does not wait for either
+            drawn = drawn.pin_memory()
+        return drawn.to(noise.device, non_blocking=True)
 
     state = joined(noise.double(), None if token is None else token.double())
     if settings.sampler == "dopri5":
