@@ -11,7 +11,7 @@ and of diffusion models (`python -m vfmvae.train_diffusion`), which need latents
 
 | recipe | what | expected |
 |---|---|---|
-| diffusion_demo | a small REPA SiT on the pixels of procedural scenes | coloured grounds with textured blobs |
+| diffusion_demo | a small REPA SiT on the pixels of procedural scenes | coloured grounds, textured blobs |
 | vfm_vae_reg_xl | REG SiT-XL/1 on latents of vfm_vae_siglip2_large, 80 epochs | gFID 2.22 (published) |
 | vfm_vae_lightningdit_xl | LightningDiT-XL/1 on the same, 64 epochs | gFID 3.80, guided 2.16 (published) |
 | vfm_vae_lightningdit_xl_long | the same for 560 epochs | |
@@ -209,10 +209,10 @@ MINI_WIDTH = 128
 def diffusion_demo() -> DiffusionConfig:
     """A small SiT with a REPA head on `mini`'s features, on the pixels of procedural scenes at 32 px.
 
-    Without a tokenizer the model learns pixels. A thousand steps give grounds, colours and textured blobs, not
-    yet outlines: 396 s on two threads of an AMD EPYC, velocity loss 1.145 before and 0.134 after (2026-11-27,
-    torch 2.14). Beside the sizes, these things differ from the published
-    recipes because the run has a thousand steps: a higher learning rate with decay, a short average.
+    Without a tokenizer the model learns pixels. A thousand steps give grounds, colours and textured blobs,
+    not yet outlines: 396 s on two threads of an AMD EPYC, velocity loss 1.145 before and 0.134 after
+    (2026-11-27, torch 2.14). Beside the sizes, these things differ from the published recipes because the run
+    has a thousand steps: a higher learning rate with decay, a short average.
     """
     stage = DiffusionStageConfig(
         images=32_000,
