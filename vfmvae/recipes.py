@@ -4,7 +4,7 @@
 |---|---|---|
 | demo | 64 px on the embedded photographs with the `mini` encoder | recognisable images in minutes on a CPU |
 | vfm_vae_siglip2_large | the published f16d32 model, four stages | rFID 0.52, PSNR 22.99 (published) |
-| joint_demo | the demo on scenes, and a diffusion transformer along with it | latents keep their variance |
+| joint_demo | the demo on scenes, and a diffusion transformer along with it | not yet run to its end |
 | vfm_vae_repa_e_xl | the published model with SiT-XL/1 trained along (REPA-E) | none published |
 
 and of diffusion models (`python -m vfmvae.train_diffusion`), which need latents or data:
