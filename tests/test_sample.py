@@ -16,7 +16,7 @@ from tests.commands import run, save_tiny
 from tests.distributed.launch import run as torchrun
 from tests.tokenizer.tiny import tiny_config, tiny_tokenizer
 from vfmvae.diffusion import DiffusionTransformer, TransformerConfig
-from vfmvae.diffusion.files import save_transformer
+from vfmvae.diffusion.files import load_transformer, save_transformer
 from vfmvae.diffusion.sampling import sample_noise
 from vfmvae.images import to_uint8
 from vfmvae.sample_labels import label_of
@@ -241,3 +241,12 @@ def test_an_interrupt_leaves_nothing_and_a_kill_nothing_in_the_way(
     (tmp_path / "out" / module.PIXELS).write_bytes(b"of a process that was killed")
     assert run(module, diffusion, *given) == 0
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_shift_of_training_is_that_of_the_last_stage(diffusion: Path) -> None:
+    model = load_transformer(diffusion)
+    elements = model.config.channels * model.config.latent_size**2
+    stages = [{"time": {"shift": 3.0}}, {"time": {"dimension_shift": True}}]
+    assert module.training_shift({"stages": stages}, model) == pytest.approx((elements / 4096) ** 0.5)
+    assert module.training_shift({"stages": stages[:1]}, model) == 3.0
+    assert module.training_shift({"stages": []}, model) == module.training_shift({}, model) == 1.0

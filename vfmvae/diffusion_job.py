@@ -27,7 +27,6 @@ from vfmvae.training.job import DataIdentity
 from vfmvae.training.optim import check_available, learning_rate, next_optimizer, set_learning_rate
 from vfmvae.training.reduction import replicated
 from vfmvae.training.regions import compile_blocks, recompute_blocks, shard
-from vfmvae.training.stages import Place
 from vfmvae.training.state import TrainingState
 
 TRAINING, ENCODING, EVALUATION = range(3)
@@ -62,7 +61,6 @@ class DiffusionJob:
         self.guard = StepGuard(config.safety, self.device, scaled=self.dtype == torch.float16)
         self.parameters = list(self.transformer.parameters())
         self.stage: DiffusionStageConfig = config.stages[0]
-        self.place: Place | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.state = TrainingState(
             modules={"transformer": self.transformer},
@@ -179,7 +177,7 @@ class DiffusionJob:
 
     def begin_step(self) -> dict[str, float]:
         """Go to the stage and the learning rate of the present step; returns the rate by name."""
-        place = self.place = self.plan.locate(self.state.step)
+        place = self.plan.locate(self.state.step)
         if place.stage != self.state.numbers["stage"]:
             self.enter_stage(place.stage)
         assert self.optimizer is not None

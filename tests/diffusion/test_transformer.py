@@ -319,3 +319,20 @@ def test_latents_are_normalised_by_the_models_statistics() -> None:
     torch.testing.assert_close(normal[:, 0], (latents[:, 0] - 1) / 2)
     torch.testing.assert_close(normal[:, 2], (latents[:, 2] + 2) * 2)
     torch.testing.assert_close(model.denormalise(normal), latents)
+
+
+def test_matrices_cast_once_give_what_matrices_cast_in_every_forward_give() -> None:
+    """Bit for bit; vectors stay in float32."""
+    torch.manual_seed(0)
+    model = DiffusionTransformer(
+        TransformerConfig(latent_size=4, channels=4, width=16, depth=2, heads=2, classes=3)
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.compute_dtype = torch.bfloat16
+    given = torch.randn(2, 4, 4, 4), torch.tensor([0.2, 0.7]), torch.tensor([0, 3])
+    before = model(*given).velocity
+    model.cast_weights()
+    assert {p.dtype for p in model.parameters() if p.ndim == 1} == {torch.float32}
+    assert model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert torch.equal(model(*given).velocity, before) and before.any()
