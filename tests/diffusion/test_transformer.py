@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,22 @@ def test_outputs_equal_those_of_the_published_implementation(
     if out.class_velocity is not None:
         torch.testing.assert_close(out.class_velocity, io["cls_velocity"], atol=2e-5, rtol=0)
     for number, projected in enumerate(out.projected):
-        # Sums up to 45: published float32 values are themselves 6e-5 from float64.
-        expected = io[f"projected_{number}"]
-        limit = 2e-5 + 1e-6 * expected.abs().max().item()
-        torch.testing.assert_close(projected, expected, atol=limit, rtol=0)
+        # Up to 45, and themselves 6e-5 from float64: only the published operations in their order come as
+        # close as 2e-5. The plain form writes attention out.
+        limit = 2e-5 if fused else 3e-5
+        torch.testing.assert_close(projected, io[f"projected_{number}"], atol=limit, rtol=0)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """With one, torch sums 1 x 1 convolutions in another order than the published numbers have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 @torch.no_grad()
 def test_lightningdits_guided_velocity_on_three_channels(parity_dir: Path) -> None:
     model, io = _fixture(parity_dir, "lightningdit", "lightningdit")
@@ -123,9 +134,7 @@ def test_lightningdits_guided_velocity_on_three_channels(parity_dir: Path) -> No
     assert y[3:].eq(model.config.classes).all()
     guidance = Guidance(scale=3.0, channels=3)
     guided = -guided_velocity(model, y[:3], model.config.classes, guidance)(x, None, 0.5, 0.5).latents
-    # The guided channels are 3 conditional - 2 other, so five roundings of one.
-    limits = torch.tensor([1e-4] * 3 + [2e-5] * 5)[:, None, None]
-    assert ((guided - published_guided).abs() <= limits).all()
+    torch.testing.assert_close(guided.float(), published_guided, atol=2e-5, rtol=0)
     other = -model(x, torch.full((3,), 0.5), y[3:]).velocity
     torch.testing.assert_close(other[:, 3:], published_other[:, 3:], atol=2e-5, rtol=0)
 

@@ -41,17 +41,17 @@ def rotary_tables(head_width: int, side: int, first: int = 0) -> tuple[Tensor, T
     """Cosines and sines of 2-D rotary positions (RoPE, arXiv 2104.09864), float32 [first + side^2, d] each.
 
     The first half of a head turns with the row, the second with the column, by frequencies
-    10000^(-2i / (d/2)), each for two neighbours. The `first` tokens before the grid do not turn. ValueError
-    for a width that 4 does not divide.
+    10000^(-2i / (d/2)), each for two neighbours. The `first` tokens before the grid do not turn. Angles are
+    computed in float32, as published. ValueError for a width that 4 does not divide.
     """
     if head_width % 4:
         raise ValueError(f"heads of width {head_width} cannot turn in two dimensions; 4 must divide it")
     half = head_width // 2
-    frequencies = MAX_PERIOD ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)
-    along = (torch.arange(side, dtype=torch.float64)[:, None] * frequencies).repeat_interleave(2, dim=1)
+    frequencies = 1 / MAX_PERIOD ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
+    along = (torch.arange(side, dtype=torch.float32)[:, None] * frequencies).repeat_interleave(2, dim=1)
     rows, columns = along.repeat_interleave(side, dim=0), along.repeat(side, 1)
     angles = torch.cat([torch.zeros(first, head_width), torch.cat([rows, columns], dim=1)])  # [N, d]
-    return angles.cos().float(), angles.sin().float()
+    return angles.cos(), angles.sin()
 
 
 class TimestepEmbedder(nn.Module):

@@ -69,15 +69,14 @@ def norm_modulate_reference(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
+    # Each operation by itself, in the order of the published models: their numbers, to the last bit.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normalise = F.layer_norm if norm == "layer" else F.rms_norm
-    normed = normalise(wide, x.shape[2:], eps=eps)
-    factor = 1 + scale.to(wide.dtype)
-    if weight is not None:
-        factor = factor * weight.to(wide.dtype)
-    if shift is None:
-        return (normed * factor[:, None]).to(dtype)
-    return torch.addcmul(shift.to(wide.dtype)[:, None], normed, factor[:, None]).to(dtype)
+    normed = normalise(wide, x.shape[2:], None if weight is None else weight.to(wide.dtype), eps=eps)
+    modulated = normed * (1 + scale.to(wide.dtype))[:, None]
+    if shift is not None:
+        modulated = modulated + shift.to(wide.dtype)[:, None]
+    return modulated.to(dtype)
 
 
 def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, *, fused: Fused = True) -> Tensor:
@@ -101,7 +100,7 @@ def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, *, fused: Fused = Tr
 
 
 def gated_residual_reference(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    return torch.addcmul(x, gate[:, None], branch).to(x.dtype)
+    return (x + gate[:, None].to(x.dtype) * branch).to(x.dtype)
 
 
 def _check_tokens(x: Tensor) -> None:
