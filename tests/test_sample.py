@@ -20,11 +20,13 @@ from vfmvae.diffusion.files import load_transformer, save_transformer
 from vfmvae.diffusion.sampling import sample_noise
 from vfmvae.images import to_uint8
 from vfmvae.sample_labels import label_of
+from vfmvae.sample_models import training_shift
 from vfmvae.tokenizer.files import tokenizer_hash
 
 CONFIG = TransformerConfig(latent_size=4, channels=8, width=32, depth=2, heads=4, classes=5)
 module = importlib.import_module("vfmvae.sample")  # `from vfmvae import sample` is the function
 FEW = ("--count", "6", "--steps", "4")
+WRITTEN = ["samples.json", "samples.npz", "samples.png"]
 
 
 def save_diffusion(folder: Path, seed: int = 1, tokenizer: str | None = None, **options: object) -> Path:
@@ -100,8 +102,7 @@ def test_batches_and_processes_change_no_image(diffusion: Path, tiny: Path, tmp_
     with np.load(tmp_path / "two/samples.npz") as archive:
         assert archive["arr_1"].tolist() == labels
         assert np.abs(archive["arr_0"].astype(int) - whole).max() <= 1
-    names = ["samples.json", "samples.npz", "samples.png"]
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == WRITTEN
 
 
 def test_random_labels_follow_the_seed_and_are_even() -> None:
@@ -225,7 +226,42 @@ def test_latents_that_are_not_finite_end_it(
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_an_interrupt_leaves_nothing_and_a_kill_nothing_in_the_way(
+def test_after_a_stop_the_same_command_makes_what_is_missing(
+    diffusion: Path,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ("--sampler", "sde", "--batch-size", "2", "--png")
+    whole, _, said = made(diffusion, tiny, tmp_path / "whole", *options)
+    images_of, asked = module.images_of, list[int]()
+
+    def stopped(models: object, settings: object, numbers: list[int], *more: object) -> torch.Tensor:
+        asked.extend(numbers)
+        if asked == [0, 1, 2, 3]:
+            raise KeyboardInterrupt
+        return images_of(models, settings, numbers, *more)
+
+    out = tmp_path / "out"
+    given = ["--tokenizer", tiny, "--output", out, *FEW, *options]
+    monkeypatch.setattr(module, "images_of", stopped)
+    assert run(module, diffusion, *given) == 130
+    assert "2 of 6 images are kept; the same command goes on" in capsys.readouterr().out
+    assert not list(out.rglob("samples.*")) and len(list(out.rglob("*.png"))) == 2
+    assert run(module, diffusion, *given, "--seed", "1") == 2
+    assert "begun with seed 0, which now is 1" in capsys.readouterr().err
+
+    asked.clear()
+    (out / ".samples.npz.killed.partial").touch()
+    again, _, same = made(diffusion, tiny, out, *options)
+    assert asked == [2, 3, 4, 5] and "2 images are there already" in capsys.readouterr().out
+    assert np.array_equal(again, whole) and same == said
+    assert len(list((out / "images").iterdir())) == 6
+    assert sorted(path.name for path in out.iterdir()) == ["images", *WRITTEN]
+
+
+def test_a_stop_while_the_archive_is_written_loses_nothing(
     diffusion: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: object) -> object:
@@ -233,20 +269,19 @@ def test_an_interrupt_leaves_nothing_and_a_kill_nothing_in_the_way(
 
     given = ["--tokenizer", tiny, "--output", tmp_path / "out", *FEW]
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_arrays", interrupted)
+        patch.setattr("vfmvae.sample_files.write_arrays", interrupted)
         assert run(module, diffusion, *given) == 130
-    assert not list(tmp_path.rglob("*.npz*")) and not list(tmp_path.rglob("*.partial"))
-    for path in (tmp_path / "out").iterdir():
-        path.unlink()
-    (tmp_path / "out" / module.PIXELS).write_bytes(b"of a process that was killed")
-    assert run(module, diffusion, *given) == 0
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.npz")) and not list(tmp_path.rglob("*.partial"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "images_of", interrupted)
+        assert run(module, diffusion, *given) == 0
+    assert (tmp_path / "out/samples.npz").is_file()
 
 
 def test_the_shift_of_training_is_that_of_the_last_stage(diffusion: Path) -> None:
     model = load_transformer(diffusion)
     elements = model.config.channels * model.config.latent_size**2
     stages = [{"time": {"shift": 3.0}}, {"time": {"dimension_shift": True}}]
-    assert module.training_shift({"stages": stages}, model) == pytest.approx((elements / 4096) ** 0.5)
-    assert module.training_shift({"stages": stages[:1]}, model) == 3.0
-    assert module.training_shift({"stages": []}, model) == module.training_shift({}, model) == 1.0
+    assert training_shift({"stages": stages}, model) == pytest.approx((elements / 4096) ** 0.5)
+    assert training_shift({"stages": stages[:1]}, model) == 3.0
+    assert training_shift({"stages": []}, model) == training_shift({}, model) == 1.0
