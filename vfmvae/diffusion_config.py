@@ -44,7 +44,7 @@ class DiffusionConfig(RunConfig):
     engine: ComputeConfig = field(default_factory=lambda: ComputeConfig(clip_norm=1.0))
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     data: str | None = None
-    """Image folder, tar shards, saved data set or parquet (docs/data.md), or scenes for drawn images."""
+    """Image folder, tar shards, saved data set or parquet (docs/data.md), scenes or shapes (drawn)."""
     latents: str | None = None
     """A folder that `vfmvae encode` has written; instead of data."""
     tokenizer: str | None = None

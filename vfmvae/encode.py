@@ -67,12 +67,12 @@ class Encode:
     output: Path
     """Folder for the shards; one that was begun is completed."""
     data: tyro.conf.Positional[str | None] = None
-    """Image folder, tar shards, saved data set or parquet, or scenes for drawn images; if not given, the
+    """Image folder, tar shards, saved data set or parquet, scenes or shapes (drawn); if not given, the
     embedded photographs."""
     part: Part = "train"
     """Which images: a split as training makes it, or (of a folder) all."""
     images: int | None = None
-    """Encode only so many; of the endless photographs and scenes 1000 if not given."""
+    """Encode only so many; of the endless photographs and drawn images 1000 if not given."""
     resolution: int | None = None
     """Size of the centre squares; if not given, the tokenizer's own."""
     kind: Literal["sample", "mean"] = "sample"

@@ -60,7 +60,7 @@ class Evaluate:
     """
 
     data: str | None = None
-    """Image folder, tar shards, saved data set or parquet, or scenes for drawn images; if not given, the
+    """Image folder, tar shards, saved data set or parquet, scenes or shapes (drawn); if not given, the
     embedded photographs."""
     part: Part = "validation"
     """Which images: a split as training makes it, or (of a folder) all."""

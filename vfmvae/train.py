@@ -23,8 +23,8 @@ from torch import Tensor
 
 from vfmvae.cli import command, usage
 from vfmvae.config import TrainConfig
-from vfmvae.data import Scenes
 from vfmvae.data.dali import why_not as why_not_dali
+from vfmvae.data.drawn import Drawn
 from vfmvae.diffusion.files import save_transformer
 from vfmvae.encoders.base import feature_dtype
 from vfmvae.model_files import write_state
@@ -149,8 +149,8 @@ class TokenizerRun(Run[Job, Evaluation]):
         job, config = self.job, self.config
         if config.data is None:
             return "crops of the embedded photographs"
-        if isinstance(job.data, Scenes):
-            return f"drawn scenes of {len(job.data.classes)} classes"
+        if isinstance(job.data, Drawn):
+            return f"drawn {config.data} of {len(job.data.classes)} classes"
         classes = len(job.data.classes)
         by = "DALI" if job.data_backend == "dali" else "Pillow"
         objection = why_not_dali(job.data, job.device) if config.data_backend == "auto" else None

@@ -128,7 +128,7 @@ def test_the_choice_says_why(photographs: Path, monkeypatch: pytest.MonkeyPatch)
         == choose_backend(Photographs("train", 32), "auto", CPU)
         == "torch"
     )
-    with pytest.raises(ValueError, match="dali cannot be used: embedded photographs and drawn scenes"):
+    with pytest.raises(ValueError, match="dali cannot be used: embedded photographs and drawn images"):
         choose_backend(Photographs("train", 32), "dali", CPU)
     with pytest.raises(ValueError, match="ADM"):
         choose_backend(held_out, "dali", CPU)

@@ -1,4 +1,4 @@
-"""Images for training and evaluation: uint8 batches by position; photographs, drawn scenes or stored ones."""
+"""Images for training and evaluation: uint8 batches by position; photographs, drawn ones or stored ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from vfmvae.data.loader import Backend, ImageLoader, LatentLoader, choose_backen
 from vfmvae.data.photographs import Photographs
 from vfmvae.data.samples import Fault, SampleError, Samples
 from vfmvae.data.scenes import Scenes
+from vfmvae.data.shapes import Shapes
 from vfmvae.data.source import ImageBatch, ImageSource, Request, Split, validation_batches
 from vfmvae.data.workers import worker_deaths
 
@@ -26,6 +27,7 @@ __all__ = [
     "SampleError",
     "Samples",
     "Scenes",
+    "Shapes",
     "Split",
     "choose_backend",
     "load_batches",

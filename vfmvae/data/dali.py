@@ -44,7 +44,7 @@ class _Piece(NamedTuple):
 def why_not(source: ImageSource, device: torch.device) -> str | None:
     """What speaks against DALI here."""
     if not isinstance(source, Images):
-        return "embedded photographs and drawn scenes are made in memory, and nothing is decoded"
+        return "embedded photographs and drawn images are made in memory, and nothing is decoded"
     if source.split != "train":
         return "held-out images are cut as ADM does it, which DALI has no filters for"
     if device.type not in ("cpu", "cuda"):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
+from vfmvae.data.drawn import Drawn
 from vfmvae.data.folder import open_folder
 from vfmvae.data.huggingface import is_dataset, open_dataset
 from vfmvae.data.images import Images
 from vfmvae.data.photographs import Photographs
 from vfmvae.data.samples import Part, Samples
 from vfmvae.data.scenes import Scenes
+from vfmvae.data.shapes import Shapes
 from vfmvae.data.source import ImageSource, Split, check_split_and_resolution
 from vfmvae.data.webdataset import is_shards, open_shards
 
-SCENES = "scenes"
-"""The name that stands for drawn scenes (vfmvae.data.scenes); a folder called so is `./scenes`."""
+DRAWN: Mapping[str, type[Drawn]] = {source.name: source for source in (Scenes, Shapes)}
+"""Names that stand for drawn images; a folder called so is `./scenes`."""
 
 
 def open_samples(path: str, part: Part) -> Samples:
@@ -41,12 +44,12 @@ def open_samples(path: str, part: Part) -> Samples:
 
 
 def open_data(path: str | None, split: Split, resolution: int, seed: int = 0) -> ImageSource:
-    """The embedded photographs for None, drawn scenes for "scenes", else the data set at `path`
+    """The embedded photographs for None, drawn images for a name of `DRAWN`, else the data set at `path`
     (`open_samples`).
     """
     if path is None:
         return Photographs(split, resolution, seed)
-    if path == SCENES:
-        return Scenes(split, resolution, seed)
+    if path in DRAWN:
+        return DRAWN[path](split, resolution, seed)
     check_split_and_resolution(split, resolution)
     return Images(open_samples(path, split), resolution, split, seed)

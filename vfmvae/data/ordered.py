@@ -10,15 +10,15 @@ from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from vfmvae.data.formats import SCENES, open_samples
+from vfmvae.data.drawn import Drawn
+from vfmvae.data.formats import DRAWN, open_samples
 from vfmvae.data.images import Images
 from vfmvae.data.photographs import Photographs
 from vfmvae.data.samples import Fault, Part, Samples
-from vfmvae.data.scenes import Scenes
 from vfmvae.data.source import ImageBatch, check_split_and_resolution
 
 TRAINING_IMAGES = 1000
-"""How many stand for an endless training split: crops of the embedded photographs, or drawn scenes."""
+"""How many stand for an endless training split: crops of the embedded photographs, or drawn images."""
 
 
 class OrderedImages(Protocol):
@@ -63,9 +63,9 @@ class SamplesInOrder:
 
 
 class DrawnInOrder:
-    """The first `count` images of a split that has no files: of the embedded photographs or of scenes."""
+    """The first `count` images of a split that has no files: of the embedded photographs or drawn ones."""
 
-    def __init__(self, source: Photographs | Scenes, count: int) -> None:
+    def __init__(self, source: Photographs | Drawn, count: int) -> None:
         self.classes = source.classes
         self._source = source
         self._count = count
@@ -104,22 +104,22 @@ def batches_ahead(source: OrderedImages, rows: range, batch_size: int) -> Genera
 def open_in_order(
     path: str | None, part: Part, resolution: int, images: int | None = None, seed: int = 0
 ) -> OrderedImages:
-    """The images of a data set in its order, of the embedded photographs for None, or of drawn "scenes".
+    """The images of a data set in its order, of the embedded photographs for None, or of drawn ones.
 
     `part` is a split as training makes them, or both; at most `images` of it. Classes are those of both
-    splits, so labels mean the same in either. Photographs and scenes train without end: `TRAINING_IMAGES`
-    stand for them, or as many as asked, drawn from `seed`. Raises ValueError for a data set that is missing
-    or empty.
+    splits, so labels mean the same in either. Photographs and drawn images train without end:
+    `TRAINING_IMAGES` stand for them, or as many as asked, drawn from `seed`. Raises ValueError for a data set
+    that is missing or empty.
     """
     if images is not None and images < 1:
         raise ValueError(f"images is {images}; it must be at least 1")
     check_split_and_resolution("train" if part == "all" else part, resolution)
-    if path not in (None, SCENES):
+    if path is not None and path not in DRAWN:
         return SamplesInOrder(open_samples(path, part), resolution, images)
     if part == "all":
-        what = "scenes are" if path == SCENES else "the embedded photographs are crops"
+        what = "the embedded photographs are crops" if path is None else f"{path} are"
         raise ValueError(f"{what} without an end: choose part train or validation")
-    source = (Photographs if path is None else Scenes)(part, resolution, seed)
+    source = (Photographs if path is None else DRAWN[path])(part, resolution, seed)
     endless = part == "train"
     count = (images or TRAINING_IMAGES) if endless else min(images or len(source), len(source))
     return DrawnInOrder(source, count)

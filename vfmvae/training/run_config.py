@@ -19,7 +19,7 @@ class RunConfig:
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     log: LogConfig = field(default_factory=LogConfig)
     data: str | None = None
-    """Image folder, tar shards, saved data set or parquet (docs/data.md), or scenes for drawn images; if not
+    """Image folder, tar shards, saved data set or parquet (docs/data.md), scenes or shapes (drawn); if not
     given, the embedded photographs."""
     data_backend: Backend = "auto"
     """What decodes: dali, torch (Pillow in the workers), or auto: dali where it is installed and applies."""
