@@ -268,6 +268,8 @@ def test_a_stop_while_the_archive_is_written_loses_nothing(
         raise KeyboardInterrupt
 
     given = ["--tokenizer", tiny, "--output", tmp_path / "out", *FEW]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.samples.npz.begun").touch()  # a process that was killed before it made anything
     with monkeypatch.context() as patch:
         patch.setattr("vfmvae.sample_files.write_arrays", interrupted)
         assert run(module, diffusion, *given) == 130

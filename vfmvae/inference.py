@@ -21,7 +21,7 @@ from vfmvae.diffusion.files import is_diffusion
 from vfmvae.images import to_uint8
 from vfmvae.serialization import read_json
 from vfmvae.tokenizer import Tokenizer, load_tokenizer
-from vfmvae.training.device import compute_dtype, pick_device, set_precision
+from vfmvae.training.device import compute_dtype, pick_device, prepare_inference
 from vfmvae.training.run_folder import RUNS, RunFolder
 
 
@@ -51,8 +51,7 @@ def open_tokenizer(options: ModelOptions, console: Console) -> tuple[str, Tokeni
     name = options.tokenizer or str(latest_tokenizer())
     with usage():
         device = pick_device(options.device)
-    if device.type == "cuda":
-        set_precision(deterministic=True)
+    prepare_inference(device)
     tokenizer = load_tokenizer(name, device).requires_grad_(False)
     tokenizer.compute_dtype = compute_dtype(options.dtype, device)
     config = tokenizer.config

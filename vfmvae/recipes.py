@@ -4,14 +4,14 @@
 |---|---|---|
 | demo | 64 px on the embedded photographs with the `mini` encoder | recognisable images in minutes on a CPU |
 | vfm_vae_siglip2_large | the published f16d32 model, four stages | rFID 0.52, PSNR 22.99 (published) |
-| joint_demo | the demo on scenes, and a diffusion transformer along with it | not yet run to its end |
+| joint_demo | the demo on drawn shapes, and a diffusion transformer along with it | not yet run to its end |
 | vfm_vae_repa_e_xl | the published model with SiT-XL/1 trained along (REPA-E) | none published |
 
 and of diffusion models (`python -m vfmvae.train_diffusion`), which need latents or data:
 
 | recipe | what | expected |
 |---|---|---|
-| diffusion_demo | a small REPA SiT on the pixels of procedural scenes | coloured grounds, textured blobs |
+| diffusion_demo | a small REPA SiT on the pixels of drawn shapes | plain shapes, each class its own |
 | vfm_vae_reg_xl | REG SiT-XL/1 on latents of vfm_vae_siglip2_large, 80 epochs | gFID 2.22 (published) |
 | vfm_vae_lightningdit_xl | LightningDiT-XL/1 on the same, 64 epochs | gFID 3.80, guided 2.16 (published) |
 | vfm_vae_lightningdit_xl_long | the same for 560 epochs | |
@@ -24,7 +24,7 @@ from dataclasses import replace
 
 from vfmvae.config import PerceptualConfig, TrainConfig
 from vfmvae.data import Latents
-from vfmvae.data.scenes import CLASSES as SCENES
+from vfmvae.data.shapes import CLASSES as SHAPES
 from vfmvae.diffusion import SIZES, TransformerConfig
 from vfmvae.diffusion.flow import TimeConfig
 from vfmvae.diffusion.guidance import Guidance
@@ -149,7 +149,7 @@ def vfm_vae_siglip2_large() -> TrainConfig:
 
 
 def joint_demo() -> TrainConfig:
-    """The demo on procedural scenes, and a small diffusion transformer along with it, end to end (REPA-E)."""
+    """The demo on drawn shapes, and a small diffusion transformer along with it, end to end (REPA-E)."""
     alone = demo()
     model = TransformerConfig(
         latent_size=8,
@@ -157,7 +157,7 @@ def joint_demo() -> TrainConfig:
         width=128,
         depth=4,
         heads=4,
-        classes=len(SCENES),
+        classes=len(SHAPES),
         qk_norm=True,
         alignment_depth=2,
         alignment_widths=(MINI_WIDTH,),
@@ -168,7 +168,7 @@ def joint_demo() -> TrainConfig:
         optimizer=OptimizerConfig(kind="adamw", learning_rate=1e-3, betas=(0.9, 0.95)),
         ema=EmaConfig(half_life_images=400),
     )
-    return replace(alone, data="scenes", joint=joint)
+    return replace(alone, data="shapes", joint=joint)
 
 
 def vfm_vae_repa_e_xl() -> TrainConfig:
@@ -207,17 +207,17 @@ MINI_WIDTH = 128
 
 
 def diffusion_demo() -> DiffusionConfig:
-    """A small SiT with a REPA head on `mini`'s features, on the pixels of procedural scenes at 32 px.
+    """A small SiT with a REPA head on `mini`'s features, on the pixels of drawn shapes at 32 px.
 
-    Without a tokenizer the model learns pixels. A thousand steps give grounds, colours and textured blobs,
-    not yet outlines: 396 s on two threads of an AMD EPYC, velocity loss 1.145 before and 0.134 after
-    (2026-11-27, torch 2.14). Beside the sizes, these things differ from the published recipes because the run
-    has a thousand steps: a higher learning rate with decay, a short average.
+    Without a tokenizer the model learns pixels. FIGURES
+    Beside the sizes, these things differ from the published recipes because the run has 2,000 small steps: a
+    higher learning rate with decay, a short average, rotary positions; and times moved towards noise, since
+    pixels have far more in common than latents, so that what a shape is shows through more noise.
     """
     stage = DiffusionStageConfig(
         images=32_000,
         losses=DiffusionLosses(alignment=0.5),
-        time=TimeConfig(law="logit-normal"),
+        time=TimeConfig(law="logit-normal", shift=3.0),
         optimizer=OptimizerConfig(
             kind="adamw", learning_rate=2e-3, betas=(0.9, 0.95), warmup=0.05, schedule="cosine"
         ),
@@ -230,8 +230,9 @@ def diffusion_demo() -> DiffusionConfig:
         width=128,
         depth=6,
         heads=4,
-        classes=len(SCENES),
+        classes=len(SHAPES),
         qk_norm=True,
+        rope=True,
         alignment_depth=3,
         alignment_widths=(MINI_WIDTH,),
         projector_width=256,
@@ -239,12 +240,12 @@ def diffusion_demo() -> DiffusionConfig:
     return DiffusionConfig(
         diffusion=model,
         stages=(stage,),
-        data="scenes",
+        data="shapes",
         encoder=EncoderConfig(name="mini", layers=(-1,), scale_factor=2.0),
-        evaluation=EvaluationConfig(sampling=Sampling("heun", steps=25, guidance=Guidance(1.5))),
-        batch_size=32,
+        evaluation=EvaluationConfig(sampling=Sampling("heun", steps=25, guidance=Guidance(2.0))),
+        batch_size=16,
         threads=1,
-        checkpoint_every=250,
+        checkpoint_every=500,
     )
 
 
@@ -268,8 +269,8 @@ def diffusion_demo_on(latents: str) -> DiffusionConfig:
         alignment_widths=() if features is None else (features.shape[-1],),
     )
     (stage,) = alone.stages
-    if features is None:
-        stage = replace(stage, losses=DiffusionLosses())
+    losses = DiffusionLosses() if features is None else stage.losses
+    stage = replace(stage, losses=losses, time=TimeConfig(law="logit-normal"))
     return replace(alone, diffusion=model, stages=(stage,), data=None, encoder=None, latents=latents)
 
 

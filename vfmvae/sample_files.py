@@ -80,6 +80,8 @@ def check_folder(folder: Path) -> None:
         check_new(folder)
         return
     remove_leftovers(folder)
+    if not (folder / BEGUN_SETTINGS).exists():
+        (folder / BEGUN).unlink(missing_ok=True)  # of a process that was killed between the two
     ours = {ARRAYS, SETTINGS, GRID, SINGLES, BEGUN, BEGUN_SETTINGS}
     begun = (folder / BEGUN_SETTINGS).exists()
     if not begun or any(path.name not in ours for path in folder.iterdir()):

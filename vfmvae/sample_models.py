@@ -21,7 +21,7 @@ from vfmvae.model_files import CONFIG_FILE, MODEL_FILE, find_model
 from vfmvae.serialization import from_dict, read_json
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.files import tokenizer_hash
-from vfmvae.training.device import compute_dtype, pick_device, set_precision
+from vfmvae.training.device import compute_dtype, pick_device, prepare_inference
 
 
 class Models(NamedTuple):
@@ -84,8 +84,7 @@ def _open_diffusion(name: str, options: ModelOptions, console: Console) -> Diffu
     """A diffusion model on the device, and a line that says so. ValueError where it cannot be used."""
     with usage():
         device = pick_device(options.device)
-    if device.type == "cuda":
-        set_precision(deterministic=True)
+    prepare_inference(device)
     model = load_transformer(name, device).requires_grad_(False)
     model.compute_dtype = compute_dtype(options.dtype, device)
     model.cast_weights()

@@ -1,6 +1,6 @@
 """Train a diffusion transformer on a tokenizer's latents.
 
-    python -m vfmvae.train_diffusion --fused                             the demo: procedural scenes, on a CPU
+    python -m vfmvae.train_diffusion --fused                             the demo: drawn shapes, on a CPU
     python -m vfmvae.train_diffusion --fused --recipe vfm_vae_reg_xl --latents latents    from `vfmvae encode`
     python -m vfmvae.train_diffusion --run-dir runs/diffusion_demo --resume               go on after a stop
     torchrun --nproc-per-node 8 -m vfmvae.train_diffusion ...                             several GPUs

@@ -101,11 +101,12 @@ def test_the_demo_s_arithmetic_is_as_counted() -> None:
 
 def test_rows_of_one_side(tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
-    common.write_result(output, [{"earlier": "row"}])
+    before = {"config": "full", "name": "step", "path": "fused", "batch": 1, "images_per_second": 1.0}
+    common.write_result(output, [before])
     options = argparse.Namespace(batch=1, dtype="fp32", json=output)
     assert throughput.measure(throughput.Side("demo", "fused"), options, CPU, CEILINGS)
     earlier, *rows = json.loads(output.read_text())
-    assert earlier == {"earlier": "row"}
+    assert earlier == before
     assert [row["name"] for row in rows] == ["encode", "decode", "step"]
     for row in rows:
         assert {k: row[k] for k in ("config", "path", "device", "dtype", "batch")} == {
@@ -116,6 +117,14 @@ def test_rows_of_one_side(tmp_path: Path) -> None:
             "batch": 1,
         }
         assert row["images_per_second"] > 0 and row["ceiling_share"] > 0 and row["date"]
+
+
+def test_of_two_rounds_the_faster_row_stays(tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    for rate, task in ((2.0, "step"), (1.0, "decode"), (1.0, "step"), (3.0, "decode")):
+        throughput.add_row(output, {**rows_of("fused", rate, task), "batch": 1})
+    rows = json.loads(output.read_text())
+    assert [(row["name"], row["images_per_second"]) for row in rows] == [("step", 2.0), ("decode", 3.0)]
 
 
 def test_half_the_batch_where_memory_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,6 +113,14 @@ def set_precision(*, deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def prepare_inference(device: torch.device) -> None:
+    """What commands that only use models set for their process."""
+    if device.type == "cuda":
+        set_precision(deterministic=True)
+    elif device.type == "cpu":
+        keep_freed_memory()
+
+
 def keep_freed_memory() -> bool:
     """Let this process keep memory that it frees, for the next tensor of a step; whether that is possible.
 
