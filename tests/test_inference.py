@@ -43,6 +43,7 @@ def test_a_tokenizer_is_opened_frozen_and_in_the_dtype_asked_for(tmp_path: Path)
     name, tokenizer = open_tokenizer(options, Console(quiet=True))
     assert name == str(tmp_path)
     assert tokenizer.dtype == torch.bfloat16 and not tokenizer.training
+    assert tokenizer.encoder.always_bfloat16
     assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
     with pytest.raises(ValueError, match="device 'gpu' cannot be used"):
         open_tokenizer(ModelOptions(str(tmp_path), device="gpu"), Console(quiet=True))

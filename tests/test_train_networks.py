@@ -1,10 +1,11 @@
-"""A run's networks: the encoder in float8, which files and resumed runs do not know of."""
+"""A run's networks: what its encoder computes in; float8, which files and resumed runs do not know of."""
 
 from __future__ import annotations
 
 import functools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import vfmvae.train_networks
 from tests.tiny_runs import job, largest_difference, tiny
 from tests.whole_runs import CHEAP, assert_same_run, cheap, run, state, weights
+from vfmvae.encoders.base import resolve_layers
 from vfmvae.encoders.fp8 import Fp8Linear, use_fp8
 from vfmvae.train_job import Job
 from vfmvae.train_memory import MetaRun
@@ -41,6 +43,20 @@ def test_the_encoder_of_a_job_multiplies_in_float8(emulated: None) -> None:
     for ours, theirs in zip(found.tokenizer.features(images), plain.tokenizer.features(images), strict=True):
         assert 0 <= (ours - theirs).norm() / theirs.norm() < 0.15
     assert not torch.equal(found.tokenizer.features(images)[-1], plain.tokenizer.features(images)[-1])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_the_encoder_of_a_bf16_run_is_in_bf16_on_a_cpu_too(dtype: Any) -> None:
+    tokenizer = Job(tiny(dtype=dtype, device="cpu")).tokenizer
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    found = tokenizer.features(images)
+    encoder = tokenizer.encoder
+    positions = resolve_layers(encoder.config.layers, encoder.depth)
+    for half in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            outputs, _ = encoder.tokens(encoder.prepare(images), set(positions))
+        same = [torch.equal(layer, outputs[at].float()) for layer, at in zip(found, positions, strict=True)]
+        assert all(same) == (half == (dtype == "bf16"))
 
 
 def test_resuming_gives_the_same_run_and_files_hold_the_weights_as_they_were(

@@ -34,7 +34,8 @@ class ModelOptions:
     device: str = "auto"
     """A torch device, or auto: CUDA where there is one, else the CPU."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """What fusion and decoder compute in; auto: bf16 on CUDA, else fp32."""
+    """What encoder, fusion and decoder compute in; auto: bf16 on CUDA, else fp32. On CUDA the encoder is
+    always in bf16."""
     batch_size: int = 16
     """Images at a time."""
 
@@ -54,6 +55,7 @@ def open_tokenizer(options: ModelOptions, console: Console) -> tuple[str, Tokeni
     prepare_inference(device)
     tokenizer = load_tokenizer(name, device).requires_grad_(False)
     tokenizer.compute_dtype = compute_dtype(options.dtype, device)
+    tokenizer.encoder.always_bfloat16 = tokenizer.compute_dtype == torch.bfloat16  # on a CPU too
     config = tokenizer.config
     say(
         console,

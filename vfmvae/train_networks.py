@@ -40,6 +40,7 @@ def build_forward(
     torch.manual_seed(config.seed)
     tokenizer = Tokenizer(config.tokenizer, "pretrained" if pretrained else None, config.fused)
     tokenizer.train().to(device).compute_dtype = dtype
+    tokenizer.encoder.always_bfloat16 = dtype == torch.bfloat16  # on a CPU too
     forward, engine = TrainingForward(tokenizer), config.engine
     if engine.fp8_encoder:
         use_fp8(tokenizer.encoder)
