@@ -4,7 +4,7 @@
 |---|---|---|
 | demo | 64 px on the embedded photographs with the `mini` encoder | recognisable images in minutes on a CPU |
 | vfm_vae_siglip2_large | the published f16d32 model, four stages | rFID 0.52, PSNR 22.99 (published) |
-| joint_demo | the demo on drawn shapes, and a diffusion transformer along with it | not yet run to its end |
+| joint_demo | the demo on shapes, a diffusion transformer beside it | PSNR 30 dB, samples of plain shapes |
 | vfm_vae_repa_e_xl | the published model with SiT-XL/1 trained along (REPA-E) | none published |
 
 and of diffusion models (`python -m vfmvae.train_diffusion`), which need latents or data:
@@ -149,7 +149,11 @@ def vfm_vae_siglip2_large() -> TrainConfig:
 
 
 def joint_demo() -> TrainConfig:
-    """The demo on drawn shapes, and a small diffusion transformer along with it, end to end (REPA-E)."""
+    """The demo on drawn shapes, and a small diffusion transformer along with it, end to end (REPA-E).
+
+    1,400 steps: reconstructions of 30 dB; samples are one plain shape each, whose outline is not yet that of
+    its class (2026-11-27, torch 2.14, AMD EPYC).
+    """
     alone = demo()
     model = TransformerConfig(
         latent_size=8,
@@ -209,7 +213,8 @@ MINI_WIDTH = 128
 def diffusion_demo() -> DiffusionConfig:
     """A small SiT with a REPA head on `mini`'s features, on the pixels of drawn shapes at 32 px.
 
-    Without a tokenizer the model learns pixels. FIGURES
+    Without a tokenizer the model learns pixels. 2,000 steps give plain shapes of the class that is asked for,
+    most of them whole: velocity loss 1.382 before and 0.071 after (2026-11-27, torch 2.14, AMD EPYC).
     Beside the sizes, these things differ from the published recipes because the run has 2,000 small steps: a
     higher learning rate with decay, a short average, rotary positions; and times moved towards noise, since
     pixels have far more in common than latents, so that what a shape is shows through more noise.
