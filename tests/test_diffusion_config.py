@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.tiny_diffusion import CHANNELS, CLASSES, MODEL, PLAIN, SIZE, WIDTH, fill, stage, tiny
+from vfmvae.data import open_data
 from vfmvae.diffusion.files import is_diffusion
 from vfmvae.diffusion.guidance import Guidance
 from vfmvae.diffusion_config import (
@@ -20,7 +21,7 @@ from vfmvae.diffusion_config import (
 )
 from vfmvae.diffusion_job import DiffusionJob
 from vfmvae.encoders import EncoderConfig
-from vfmvae.recipes import DIFFUSION_RECIPES
+from vfmvae.recipes import DIFFUSION_RECIPES, diffusion_demo, joint_demo
 from vfmvae.serialization import from_dict, to_json
 from vfmvae.train_arguments import DIFFUSION, parse_training
 from vfmvae.training.diffusion_stage import DiffusionLosses
@@ -35,6 +36,14 @@ def test_recipes_survive_json(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(to_json(config))
     assert read_diffusion_config(tmp_path / "config.json") == config
     assert is_diffusion(json.loads(to_json(config)))
+
+
+def test_the_demos_have_the_classes_of_what_they_draw() -> None:
+    alone, joint = diffusion_demo(), joint_demo()
+    assert joint.joint is not None
+    for data, model in ((alone.data, alone.diffusion), (joint.data, joint.joint.model)):
+        assert len(open_data(data, "train", 32).classes) == model.classes == 8
+    assert alone.stages[0].time.shift == 3.0
 
 
 def test_published_recipes_are_the_published_runs() -> None:
@@ -149,5 +158,6 @@ def test_the_demo_fits_the_folder_that_the_command_line_names(tmp_path: Path) ->
     assert (model.channels, model.latent_size, model.classes) == (CHANNELS, SIZE, len(CLASSES))
     assert model.alignment_widths == (WIDTH,) and launch.run.stages[0].losses.alignment
     assert launch.run.data is None and launch.run.encoder is None
+    assert launch.run.stages[0].time.shift is None, "that of the demo is for pixels"
     built = DiffusionJob(replace(launch.run, batch_size=2, device="cpu"))
     assert built.steps == 1

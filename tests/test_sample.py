@@ -19,9 +19,11 @@ from vfmvae.diffusion import DiffusionTransformer, TransformerConfig
 from vfmvae.diffusion.files import load_transformer, save_transformer
 from vfmvae.diffusion.sampling import sample_noise
 from vfmvae.images import to_uint8
+from vfmvae.sample_files import ImagesUnderWay, begin, finish
 from vfmvae.sample_labels import label_of
 from vfmvae.sample_models import training_shift
 from vfmvae.tokenizer.files import tokenizer_hash
+from vfmvae.training.run_lock import run_lock
 
 CONFIG = TransformerConfig(latent_size=4, channels=8, width=32, depth=2, heads=4, classes=5)
 module = importlib.import_module("vfmvae.sample")  # `from vfmvae import sample` is the function
@@ -223,7 +225,7 @@ def test_latents_that_are_not_finite_end_it(
     given = ["--tokenizer", tiny, "--output", tmp_path / "out", "--labels", "balanced", "--count", "5"]
     assert run(module, folder, *given, "--steps", "2") == 1
     assert "the latents of image 3 (class 3) are not finite" in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_after_a_stop_the_same_command_makes_what_is_missing(
@@ -251,14 +253,72 @@ def test_after_a_stop_the_same_command_makes_what_is_missing(
     assert not list(out.rglob("samples.*")) and len(list(out.rglob("*.png"))) == 2
     assert run(module, diffusion, *given, "--seed", "1") == 2
     assert "begun with seed 0, which now is 1" in capsys.readouterr().err
+    assert run(module, diffusion, *given, "--guidance", "3") == 2
+    assert "begun with sampling.guidance.scale 1.0, which now is 3.0" in capsys.readouterr().err
+    assert run(module, diffusion, *[option for option in given if option != "--png"]) == 2
+    assert "begun with png True, which now is False" in capsys.readouterr().err
+    (out / "notes.txt").touch()
+    assert run(module, diffusion, *given) == 1
+    assert "images that were begun, and notes.txt: move that away" in capsys.readouterr().err
+    (out / "notes.txt").unlink()
 
     asked.clear()
-    (out / ".samples.npz.killed.partial").touch()
+    for folder in (out, out / "images"):
+        (folder / ".samples.npz.killed.partial").touch()
     again, _, same = made(diffusion, tiny, out, *options)
     assert asked == [2, 3, 4, 5] and "2 images are there already" in capsys.readouterr().out
     assert np.array_equal(again, whole) and same == said
     assert len(list((out / "images").iterdir())) == 6
     assert sorted(path.name for path in out.iterdir()) == ["images", *WRITTEN]
+
+
+def test_a_file_that_is_damaged_is_begun_again_and_said(
+    diffusion: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(diffusion, tiny, tmp_path / "out")
+    described = {**json.loads((tmp_path / "out/samples.json").read_text()), "png": False}
+    for name in WRITTEN:
+        (tmp_path / "out" / name).unlink()
+    hidden, settings = (tmp_path / "out" / f".samples.{kind}.begun" for kind in ("npz", "json"))
+    hidden.write_bytes(b"short")
+    settings.write_text(json.dumps(described))
+    given = ["--tokenizer", tiny, "--output", tmp_path / "out", *FEW]
+    assert run(module, diffusion, *given) == 0
+    assert "is damaged, so all images are made again" in capsys.readouterr().out
+    for path in tmp_path.glob("out/*"):
+        path.unlink()
+    settings.write_text("{")
+    assert run(module, diffusion, *given) == 1
+    error = capsys.readouterr().err
+    assert "is not valid JSON" in error and "or give another --output" in error
+
+    # Begun, and no image is there: other options are welcome.
+    hidden.write_bytes(bytes(6 * (64 * 64 * 3 + 1)))
+    settings.write_text(json.dumps(described))
+    assert run(module, diffusion, *given, "--seed", "1") == 0
+
+
+def test_images_that_are_lost_are_not_written_as_black_ones(tmp_path: Path) -> None:
+    begin(tmp_path, {"images": 2, "resolution": 8}, 2, 8)
+    under_way = ImagesUnderWay(tmp_path, 2, 8)
+    under_way.write([0], torch.ones(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(OSError, match="lacks 1 images, the first of them number 1"):
+        finish(tmp_path, under_way, [0, 0], {})
+    assert not list(tmp_path.glob("samples.*"))
+    (tmp_path / ".samples.npz.begun").unlink()
+    with pytest.raises(OSError, match=r"could not write .*samples.npz.begun: No such file"):
+        under_way.write([1], torch.ones(1, 3, 8, 8, dtype=torch.uint8))
+
+
+def test_two_commands_do_not_share_a_folder(
+    diffusion: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with run_lock(tmp_path, print):
+        assert run(module, diffusion, "--tokenizer", tiny, "--output", tmp_path, *FEW) == 1
+    assert "samples in" in (error := capsys.readouterr().err) and "give another --output" in error
+    (tmp_path / "file").touch()
+    assert run(module, diffusion, "--tokenizer", tiny, "--output", tmp_path / "file", *FEW) == 1
+    assert "is a file; give a folder as --output" in capsys.readouterr().err
 
 
 def test_a_stop_while_the_archive_is_written_loses_nothing(

@@ -47,6 +47,7 @@ from vfmvae.sample_models import Models, check_path, file_hash, open_models
 from vfmvae.tokenizer.files import tokenizer_hash
 from vfmvae.training.device import pick_device
 from vfmvae.training.distributed import first_rank_first, lost_processes, place, process_group, wait_for_all
+from vfmvae.training.run_lock import run_lock
 
 
 @dataclass
@@ -133,7 +134,7 @@ def images_of(
     if bad:
         raise FloatingPointError(
             f"the latents of image {numbers[bad[0]]} (class {labels[bad[0]]}) are not finite; try"
-            f" --dtype fp32 or less --guidance"
+            f" --dtype fp32 or less --guidance, with another --output"
         )
     return models.decode(made.latents)
 
@@ -191,13 +192,27 @@ def kept(under_way: ImagesUnderWay, console: Console) -> Iterator[None]:
     """Where what is inside fails, say how many images are kept, or remove the file if there are none."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         there = under_way.count - len(under_way.missing())
         if there:
-            say(console, f"{there} of {under_way.count} images are kept; the same command goes on")
+            again = "" if isinstance(error, FloatingPointError) else "; the same command goes on"
+            say(console, f"{there} of {under_way.count} images are kept{again}")
         elif place()[0] == 0:
             under_way.remove()
         raise
+
+
+@contextmanager
+def alone_in(folder: Path, console: Console) -> Iterator[None]:
+    """No other command may write to the folder meanwhile; of several processes the first one sees to it."""
+    if place()[0] > 0:
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder as --output")
+    with run_lock(folder, lambda warning: say(console, warning), "samples", "--output"):
+        check_folder(folder)
+        yield
 
 
 @command
@@ -205,11 +220,9 @@ def main() -> None:
     options = parse(Sample, "sample")
     rank, processes = place()
     console = Console(quiet=rank > 0)
-    if rank == 0:
-        check_folder(options.output)
     with usage():
         device = pick_device(options.model.device)
-    with process_group(device), lost_processes():
+    with alone_in(options.output, console), process_group(device), lost_processes():
         models, tokenizer_name = open_models(
             options.diffusion, options.guide, options.model, options.other_tokenizer, console
         )
@@ -222,7 +235,9 @@ def main() -> None:
         described = describe(options, models, tokenizer_name, chosen) if rank == 0 else {}
         with first_rank_first():
             if rank == 0:
-                begin(options.output, described, options.count, models.resolution)
+                decides = {**described, "png": options.png}
+                if lost := begin(options.output, decides, options.count, models.resolution):
+                    say(console, lost)
         under_way = ImagesUnderWay(options.output, options.count, models.resolution)
         with kept(under_way, console):
             missing = under_way.missing()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vfmvae.atomic import remove_leftovers, write_atomically
+from vfmvae.atomic import reason, remove_leftovers, write_atomically
 from vfmvae.cli import UsageError
 from vfmvae.data.latents import LatentBatch
-from vfmvae.decode import check_new, write_arrays
+from vfmvae.decode import write_arrays
 from vfmvae.inference import write_picture
 from vfmvae.serialization import read_json
+from vfmvae.training.run_lock import NAME as LOCK
 
 ARRAYS, SETTINGS, GRID, SINGLES = "samples.npz", "samples.json", "samples.png", "images"
 BEGUN, BEGUN_SETTINGS = f".{ARRAYS}.begun", f".{SETTINGS}.begun"
@@ -52,10 +54,10 @@ class ImagesUnderWay:
     def write(self, numbers: Sequence[int], images: Tensor) -> None:
         """Images uint8 [B, 3, H, W] on the CPU; each is marked once all of them are on the disk.
 
-        Written and not mapped: a full disk is an error, and no crash.
+        Written and not mapped: a full disk is an error, and no crash. OSError with a sentence.
         """
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-        with open(self.path, "r+b") as file:
+        with writing(self.path), open(self.path, "r+b") as file:
             for number, image in zip(numbers, pixels, strict=True):
                 file.seek(number * self._size)
                 file.write(image.data)
@@ -70,52 +72,104 @@ class ImagesUnderWay:
         return np.memmap(self.path, np.uint8, "r", shape=(self.count, self.side, self.side, 3))
 
     def remove(self) -> None:
-        for path in (self.path, self.path.with_name(BEGUN_SETTINGS)):
+        """The settings first: pixels alone are known for a leftover."""
+        for path in (self.path.with_name(BEGUN_SETTINGS), self.path):
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError inside is raised again with a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"could not write {path}: {reason(error)}") from None
+
+
 def check_folder(folder: Path) -> None:
-    """ValueError unless the images will be the only ones here, or were begun here; for one process."""
-    if not folder.is_dir():
-        check_new(folder)
-        return
-    remove_leftovers(folder)
-    if not (folder / BEGUN_SETTINGS).exists():
-        (folder / BEGUN).unlink(missing_ok=True)  # of a process that was killed between the two
-    ours = {ARRAYS, SETTINGS, GRID, SINGLES, BEGUN, BEGUN_SETTINGS}
+    """ValueError unless the images will be the only ones here, or were begun here; for one process, which
+    has the folder's lock.
+    """
+    for below in (folder, folder / SINGLES):
+        remove_leftovers(below)
     begun = (folder / BEGUN_SETTINGS).exists()
-    if not begun or any(path.name not in ours for path in folder.iterdir()):
-        check_new(folder)
+    if not begun:
+        (folder / BEGUN).unlink(missing_ok=True)  # of a process that was killed between the two
+    ours = {ARRAYS, SETTINGS, GRID, SINGLES, BEGUN, BEGUN_SETTINGS} if begun else set()
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours | {LOCK})
+    if foreign and begun:
+        raise ValueError(f"{folder} holds images that were begun, and {foreign[0]}: move that away to go on")
+    if foreign:
+        raise ValueError(f"{folder} is not empty (it has {foreign[0]}); give a new folder as --output")
 
 
-def begin(folder: Path, described: Mapping[str, Any], count: int, side: int) -> None:
+def begin(folder: Path, described: Mapping[str, Any], count: int, side: int) -> str | None:
     """Make the file of images under way, or find one that is of the same; for one process, before others.
 
-    `described`: all that decides the images. UsageError where images were begun with other settings.
+    `described`: all that decides the images. Returns a sentence where images were lost. UsageError where
+    images were begun with other settings.
     """
-    settings = folder / BEGUN_SETTINGS
+    settings, begun, lost = folder / BEGUN_SETTINGS, folder / BEGUN, None
     ours = json.loads(json.dumps(described))
-    size = count * (side * side * 3 + 1)
     if settings.exists():
-        theirs = read_json(settings)
-        for name in sorted(ours.keys() | theirs.keys()):
-            if name not in NAMES and theirs.get(name) != ours.get(name):
-                raise UsageError(
-                    f"{folder} holds images that were begun with {name} {theirs.get(name)}, which now is"
-                    f" {ours.get(name)}; give the same options to go on, or another --output"
-                )
-        if (folder / BEGUN).is_file() and (folder / BEGUN).stat().st_size == size:
-            return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / BEGUN, "wb") as file:
-        file.truncate(size)
+        theirs = _read_settings(settings)
+        made = _images_made(folder, theirs)
+        other = _first_difference(theirs, ours)
+        if other is None and made is not None:
+            return None
+        if other is None:
+            lost = f"note: {begun} is damaged, so all images are made again"
+        elif made:
+            raise UsageError(
+                f"{folder} holds images that were begun with {other}; give the same options to go on, or"
+                f" another --output"
+            )
+    with writing(begun), open(begun, "wb") as file:
+        file.truncate(_bytes(count, side))
     write_atomically(settings, lambda path: path.write_text(json.dumps(ours), encoding="utf-8"))
+    return lost
+
+
+def _bytes(count: int, side: int) -> int:
+    return count * (side * side * 3 + 1)
+
+
+def _images_made(folder: Path, described: Mapping[str, Any]) -> int | None:
+    """How many of those so described are there; None if the file is not as it must be."""
+    count, side, path = described.get("images", 0), described.get("resolution", 0), folder / BEGUN
+    if not path.is_file() or path.stat().st_size != _bytes(count, side):
+        return None
+    return count - len(ImagesUnderWay(folder, count, side).missing())
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {path.parent} or give another --output") from None
+
+
+def _first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str = "") -> str | None:
+    """In words, of the settings that decide images."""
+    for name in sorted(theirs.keys() | ours.keys()):
+        a, b = theirs.get(name), ours.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            if found := _first_difference(a, b, f"{where}{name}."):
+                return found
+        elif a != b and (where or name not in NAMES):
+            return f"{where}{name} {a}, which now is {b}"
+    return None
 
 
 def finish(
     folder: Path, under_way: ImagesUnderWay, labels: Sequence[int], described: Mapping[str, Any]
 ) -> None:
-    """The files of all images, once these are there; the archive comes last."""
+    """The files of all images, once these are there; the archive comes last.
+
+    OSError where some are not there, say because a network's file system lost what a process wrote.
+    """
+    if missing := under_way.missing():
+        raise OSError(f"{under_way.path} lacks {len(missing)} images, the first of them number {missing[0]}")
     pixels = under_way.pixels()
     side = min(GRID_SIDE, int(np.ceil(np.sqrt(len(pixels)))))
     write_picture(folder / GRID, grid(pixels[: side * side], side))

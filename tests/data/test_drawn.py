@@ -51,6 +51,14 @@ def test_validation_is_one_list_in_rounds_over_the_classes(kind: type[Drawn]) ->
 
 
 @drawn
+def test_training_draws_every_class_alike(kind: type[Drawn]) -> None:
+    counts = kind("train", 32).batch(0, 3000)["label"].bincount(minlength=len(kind.classes))
+    expected = 3000 / len(kind.classes)
+    assert len(counts) == len(kind.classes)
+    assert (counts - expected).abs().max() < 5 * expected**0.5, "within five deviations"
+
+
+@drawn
 def test_flip_mirrors_and_a_smaller_side_shows_larger_ones(kind: type[Drawn]) -> None:
     source = kind("train", 64)
     plain, mirrored = (source.batch(0, 32, CropConfig((0.7, 0.7), flip))["image"] for flip in (0.0, 1.0))

@@ -6,16 +6,8 @@ import torch
 from torch import Tensor
 
 from vfmvae.data import Scenes
-from vfmvae.data.scenes import CLASSES, PATTERNS, SHAPES
+from vfmvae.data.scenes import CLASSES
 from vfmvae.data.transforms import CropConfig
-
-
-def test_training_draws_every_class_alike() -> None:
-    labels = Scenes("train", 32).batch(0, 3000)["label"]
-    counts = labels.bincount(minlength=len(CLASSES))
-    assert (
-        len(counts) == len(CLASSES) == len(SHAPES) * len(PATTERNS) and 130 < counts.min() < counts.max() < 270
-    )
 
 
 def test_side_is_a_limit_of_the_same_scene() -> None:

@@ -186,7 +186,7 @@ def test_the_alarm_warns_once_and_then_stops_the_run() -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("joint") / "run"
-    run(joint_config(steps=4), folder)
+    assert "drawn scenes of 15 classes" in run(joint_config(steps=4), folder)
     yield folder
 
 

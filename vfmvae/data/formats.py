@@ -18,7 +18,7 @@ from vfmvae.data.source import ImageSource, Split, check_split_and_resolution
 from vfmvae.data.webdataset import is_shards, open_shards
 
 DRAWN: Mapping[str, type[Drawn]] = {source.name: source for source in (Scenes, Shapes)}
-"""Names that stand for drawn images; a folder called so is `./scenes`."""
+"""Names that stand for drawn images; a folder called so is `./scenes` or `./shapes`."""
 
 
 def open_samples(path: str, part: Part) -> Samples:

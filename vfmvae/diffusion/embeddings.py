@@ -50,7 +50,8 @@ def rotary_tables(head_width: int, side: int, first: int = 0) -> tuple[Tensor, T
     frequencies = 1 / MAX_PERIOD ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
     along = (torch.arange(side, dtype=torch.float32)[:, None] * frequencies).repeat_interleave(2, dim=1)
     rows, columns = along.repeat_interleave(side, dim=0), along.repeat(side, 1)
-    angles = torch.cat([torch.zeros(first, head_width), torch.cat([rows, columns], dim=1)])  # [N, d]
+    grid = torch.cat([rows, columns], dim=1)
+    angles = torch.cat([grid.new_zeros(first, head_width), grid])  # [N, d]
     return angles.cos(), angles.sin()
 
 

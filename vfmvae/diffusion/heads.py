@@ -74,7 +74,9 @@ class PatchEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.proj.weight.to(x.dtype), self.proj.bias.to(x.dtype)  # type: ignore[union-attr]
-        if not x.is_cuda:  # to the last bit as published
+        # Published models add up as a convolution does, and their tokens stay transposed: contiguous ones are
+        # multiplied in another order. Both decide the last bits.
+        if not x.is_cuda:
             return F.conv2d(x, weight, bias, self.patch).flatten(2).transpose(1, 2)
         # As a product, which is what a convolution without overlap is: cuDNN's may compute in TF32.
         batch, channels, height, width, p = *x.shape, self.patch

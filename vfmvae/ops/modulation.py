@@ -69,7 +69,7 @@ def norm_modulate_reference(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    # Each operation by itself, in the order of the published models: their numbers, to the last bit.
+    # Each operation by itself, in the order of the published models, which decides the last bits.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normalise = F.layer_norm if norm == "layer" else F.rms_norm
     normed = normalise(wide, x.shape[2:], None if weight is None else weight.to(wide.dtype), eps=eps)
@@ -100,7 +100,8 @@ def gated_residual(x: Tensor, gate: Tensor, branch: Tensor, *, fused: Fused = Tr
 
 
 def gated_residual_reference(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    return (x + gate[:, None].to(x.dtype) * branch).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.promote_types(gate.dtype, branch.dtype))
+    return (x + gate[:, None].to(wide) * branch).to(x.dtype)
 
 
 def _check_tokens(x: Tensor) -> None:

@@ -19,13 +19,17 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
-def run_lock(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
+def run_lock(
+    folder: Path, warn: Callable[[str], None], works: str = "trains", option: str = "--run-dir"
+) -> Iterator[None]:
     """While entered, no other process can enter this for the same folder.
+
+    `works` and `option` are for the sentences: what is done there, and what names another folder.
 
     The kernel lets go of the lock when the process ends, however that ends; a file that a killed one leaves
     locks nothing. Where the file system has no locks `warn` is called with a sentence, and nothing is held.
 
-    Raises ValueError if another process trains there now, OSError with a sentence if the folder cannot be
+    Raises ValueError if another process works there now, OSError with a sentence if the folder cannot be
     written.
     """
     path = folder / NAME
@@ -36,14 +40,14 @@ def run_lock(folder: Path, warn: Callable[[str], None]) -> Iterator[None]:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     except Timeout:
         raise ValueError(
-            f"{_holder(path)} trains in {folder} now; wait until it ends, stop it, or give another --run-dir"
+            f"{_holder(path)} {works} in {folder} now; wait until it ends, stop it, or give another {option}"
         ) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise OSError(f"could not write {path}: {reason(error)}") from None
         warn(
             f"warning: the file system of {folder} has no locks ({reason(error)}); take care that no second"
-            f" run trains there"
+            f" process {works} there"
         )
     try:
         yield
