@@ -84,7 +84,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: p
         (tmp_path / "config.json").touch()
     assert said == [
         f"warning: the file system of {tmp_path} has no locks (No locks available); take care that no second"
-        f" run trains there"
+        f" process trains there"
     ]
 
 
