@@ -164,6 +164,19 @@ def test_mixed_dtypes_are_promoted() -> None:
         torch.testing.assert_close(y, upsample_blur(x.float(), 3, fused=False) + residual)
 
 
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_the_reference_and_its_gradient_compile(kernel_size: int) -> None:
+    """torch's replicated padding does not, in a program of more than itself."""
+    x = torch.randn(2, 8, 5, 6)
+    results = []
+    for wrap in (torch.compile, lambda function: function):
+        leaf = x.clone().requires_grad_()
+        y = wrap(lambda x: upsample_blur(2 * x, kernel_size, fused=False))(leaf)
+        y.square().sum().backward()
+        results.append((y.detach(), leaf.grad))
+    torch.testing.assert_close(*results)
+
+
 def test_dtypes_without_a_compiled_form_go_to_the_reference_or_say_so() -> None:
     x = torch.randn(1, 4, 3, 3, dtype=torch.float64)
     assert torch.equal(upsample_blur(x, 3, fused=True), upsample_blur(x, 3, fused=False))

@@ -58,9 +58,18 @@ def upsample_blur_reference(
     if margin:
         row = torch.tensor(BINOMIAL_ROWS[kernel_size], dtype=x.dtype, device=x.device)
         kernel = torch.outer(row, row) / row.sum().square()
-        padded = F.pad(y, (margin, margin, margin, margin), mode="replicate")
-        y = F.conv2d(padded, kernel.expand(channels, 1, -1, -1), groups=channels).to(x.dtype)  # autocast
+        y = F.conv2d(_replicate(y, margin), kernel.expand(channels, 1, -1, -1), groups=channels).to(x.dtype)  # autocast
     return y if residual is None else y + residual
+
+
+def _replicate(y: Tensor, margin: int) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return F.pad(y, (margin, margin, margin, margin), mode="replicate")
+    # torch 2.14 does not compile the padding's gradient on a CPU: it expects strides that it does not get.
+    for dim in (2, 3):
+        first, last = (y.narrow(dim, at, 1) for at in (0, y.shape[dim] - 1))
+        y = torch.cat([first] * margin + [y] + [last] * margin, dim)
+    return y
 
 
 def _check(x: Tensor, kernel_size: int, upscale: int, residual: Tensor | None) -> None:
