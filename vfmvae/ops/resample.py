@@ -58,7 +58,8 @@ def upsample_blur_reference(
     if margin:
         row = torch.tensor(BINOMIAL_ROWS[kernel_size], dtype=x.dtype, device=x.device)
         kernel = torch.outer(row, row) / row.sum().square()
-        y = F.conv2d(_replicate(y, margin), kernel.expand(channels, 1, -1, -1), groups=channels).to(x.dtype)  # autocast
+        y = F.conv2d(_replicate(y, margin), kernel.expand(channels, 1, -1, -1), groups=channels)
+        y = y.to(x.dtype)  # under autocast
     return y if residual is None else y + residual
 
 
