@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -87,6 +89,62 @@ def hollow_png() -> bytes:
 
 def eight_bits_in_sixteen() -> bytes:
     return stored(Image.fromarray(np.asarray(noise().convert("L")).astype(np.uint16)), "png")
+
+
+def sixteen_bit_png(kind: int, values: np.ndarray) -> bytes:
+    """Pillow writes none in colour. `values`: [H, W, channels] of PNG's colour type `kind`."""
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (6, 4), (4, 2)])
+def test_colour_of_sixteen_bits(kind: int, channels: int) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7, channels))
+    values[..., 3 if channels == 4 else 1] = 65535  # opaque, or one of the colours
+    shown = np.asarray(decode(sixteen_bit_png(kind, values), "a"))
+    colours = values[..., :3] if channels > 2 else values[..., :1].repeat(3, axis=2)
+    assert np.array_equal(shown, colours >> 8)
+    with pytest.raises(SampleError, match="no value above 255 of 65535"):
+        if channels == 3:
+            values[..., 1] = 255
+            values &= 255
+        else:
+            values[..., : channels - 1] &= 255
+        decode(sixteen_bit_png(kind, values), "a")
+
+
+def test_damaged_exif_costs_no_sound_photograph() -> None:
+    """Its maker is stored as a fraction, which Pillow cannot write."""
+    tags = struct.pack("<HHHIIHHIHHI", 2, 271, 5, 1, 38, 274, 3, 1, 6, 0, 0) + struct.pack("<II", 72, 1)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags
+    assert decode(stored(noise(), exif=exif), "a").size == as_plain(stored(noise(), exif=exif), "a")[1:]
+    assert decode(stored(noise(), exif=exif), "a").size == (30, 40)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "bmp", "ppm"])
+def test_damage_anywhere_is_the_files_and_not_the_programs(kind: str) -> None:
+    """Pillow raises nearly every kind of error, AttributeError and TypeError among them."""
+    rng = np.random.default_rng(0)
+    image = noise().quantize(200) if kind == "tiff" else noise()
+    exif = Image.Exif()
+    exif[0x0112], exif[271], exif[282] = 6, "maker", 72.0
+    data = np.frombuffer(stored(image, kind, **({} if kind in ("bmp", "ppm") else {"exif": exif})), np.uint8)
+    for _ in range(300):
+        damaged = data.copy()
+        places = rng.integers(0, min(len(data), 400), rng.integers(1, 6))
+        damaged[places] = rng.integers(0, 256, len(places))
+        for read in (decode, as_plain):
+            try:
+                read(damaged.tobytes(), "a")
+            except SampleError as error:
+                assert error.fault.key == "a"
 
 
 BROKEN = {

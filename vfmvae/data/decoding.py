@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +10,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from vfmvae.atomic import reason
-from vfmvae.data.samples import SampleError
-from vfmvae.data.transforms import as_rgb
+from vfmvae.data.samples import NOT_THE_SAMPLE, SampleError
+from vfmvae.data.transforms import as_rgb, orientation
 
-# What Pillow raises for files that are cut short, damaged, or not images at all.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-ORIENTATION = 0x0112  # of EXIF; 1 is upright
 PNG = b"\x89PNG"
 # Beyond 89 megapixels Pillow warns, and reads all the same; beyond 179 it refuses. A filter for the process,
 # since setting one around every call is not safe in threads.
@@ -44,7 +40,9 @@ def decode(data: bytes, key: str) -> Image.Image:
                 opened.verify()  # its checksums, which decoding does not look at
         with Image.open(io.BytesIO(data)) as opened:
             return as_rgb(opened)
-    except DECODE_ERRORS as error:
+    except Exception as error:  # of damaged files Pillow raises nearly every kind
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_SAMPLE:
+            raise
         raise SampleError(key, _short(error)) from None
 
 
@@ -57,10 +55,9 @@ def as_plain(data: bytes, key: str) -> Plain:
     if data.startswith(b"\xff\xd8") and data.rstrip(b"\0").endswith(b"\xff\xd9"):
         try:
             with Image.open(io.BytesIO(data)) as opened:
-                upright = opened.getexif().get(ORIENTATION, 1) == 1
-                if opened.format == "JPEG" and opened.mode in ("RGB", "L") and upright:
+                if opened.format == "JPEG" and opened.mode in ("RGB", "L") and orientation(opened) == 1:
                     return Plain(data, *opened.size)
-        except DECODE_ERRORS:
+        except Exception:
             pass  # said by `decode`
     image = decode(data, key)
     header = f"P6 {image.width} {image.height} 255\n".encode()

@@ -12,10 +12,22 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vfmvae.serialization import check_fields
 
+ORIENTATION = 0x0112  # of EXIF; 1 is upright
+_Turn = Image.Transpose
+TURNS = {
+    2: _Turn.FLIP_LEFT_RIGHT,
+    3: _Turn.ROTATE_180,
+    4: _Turn.FLIP_TOP_BOTTOM,
+    5: _Turn.TRANSPOSE,
+    6: _Turn.ROTATE_270,
+    7: _Turn.TRANSVERSE,
+    8: _Turn.ROTATE_90,
+}
+"""What makes an image of each EXIF orientation upright."""
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 COLOUR_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
@@ -52,10 +64,17 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Any photograph as 8-bit RGB, upright.
 
     The EXIF orientation is applied. Grey values are repeated, palettes are looked up, CMYK goes through
-    Pillow's conversion, 16-bit grey is scaled to 8 bits (rounded), transparent pixels lie over white. Raises
-    ValueError for modes whose range is not known (float, LAB, integers beyond 16 bits).
+    Pillow's conversion, 16-bit grey is scaled to 8 bits (rounded; of colour Pillow keeps the upper 8),
+    transparent pixels lie over white. Raises ValueError for modes whose range is not known (float, LAB,
+    integers beyond 16 bits), for 16-bit values that would be black, and what Pillow raises for damage.
     """
-    image = ImageOps.exif_transpose(image)
+    upper_bits = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    image.load()
+    if upper_bits and image.mode not in SIXTEEN_BIT_MODES:
+        _check_not_black(image)
+    turn = TURNS.get(orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "RGB":
         return image
     if image.mode in SIXTEEN_BIT_MODES:
@@ -68,6 +87,21 @@ def as_rgb(image: Image.Image) -> Image.Image:
             f"images of mode {image.mode!r} have no agreed range; convert them to 8-bit RGB first"
         )
     return image.convert("RGB")
+
+
+def orientation(image: Image.Image) -> int:
+    """That of its EXIF, 1 where it has none or cannot be read: the picture may be sound all the same."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # of damaged EXIF Pillow raises nearly every kind
+        return 1
+
+
+def _check_not_black(image: Image.Image) -> None:
+    colours = image.getchannel("L") if image.mode == "LA" else image.convert("RGB")
+    extrema = np.array(colours.getextrema())
+    if extrema.max() == 0:
+        raise ValueError("no value above 255 of 65535, so it would be black: store these 8 bits as 8 bits")
 
 
 def _sixteen_bit_as_rgb(image: Image.Image) -> Image.Image:
