@@ -200,3 +200,13 @@ def test_the_console_script_passes_its_arguments_on() -> None:
     assert run_python("-c", program, "train", "--dry-run", "--seed=5") == run_python(
         "-m", "vfmvae.train", "--dry-run", "--seed=5"
     )
+
+
+def test_names_that_are_no_text_are_printed() -> None:
+    code = """
+import sys
+from vfmvae.cli import command
+sys.stdout.reconfigure(encoding="utf-8", errors="strict")
+command(lambda: print("caf\\udce9.png"))()
+"""
+    assert run_python("-c", code).strip() == "caf\\udce9.png"

@@ -258,7 +258,7 @@ def test_images_that_cannot_be_read_are_left_out_and_said(
     monkeypatch.setattr(module, "open_in_order", lambda *arguments: Gaps({1, 4, 5, 6, 7}))
     capsys.readouterr()
     assert encode(tiny, tmp_path / "strict") == 1
-    assert "2 of 10 images cannot be used, and max_broken 0.001 allows 0: some.tar" in capsys.readouterr().err
+    assert "1 of 10 images cannot be used, and max_broken 0.001 allows 0: some.tar" in capsys.readouterr().err
     assert not list((tmp_path / "strict").glob("*.safetensors"))
     assert encode(tiny, tmp_path / "out", "--batch-size", "2", "--max-broken", "0.6") == 0
     printed = capsys.readouterr().out
@@ -269,6 +269,11 @@ def test_images_that_cannot_be_read_are_left_out_and_said(
     assert (
         "5 images encoded" in printed and "5 could not be read; complete: 5 latents of 8 x 4 x 4" in printed
     )
+    assert encode(tiny, tmp_path / "out", "--max-broken", "0.6") == 0
+    assert "0 images encoded" in (printed := capsys.readouterr().out)
+    assert "5 of the data set's images are left out, see quarantine.jsonl" in printed
+    assert encode(tiny, tmp_path / "out", "--max-broken", "0.5") == 1
+    assert "6 of 10 images cannot be used, and max_broken 0.5 allows 5" in capsys.readouterr().err
     found, whole = (Latents(tmp_path / name, "validation").read(0, 10) for name in ("out", "whole"))
     there = [0, 2, 3, 8, 9]
     assert found["key"] == [whole["key"][number] for number in there]

@@ -54,6 +54,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapped() -> None:
+        if getattr(sys.stdout, "errors", "") == "strict":  # names of files may be no text
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         try:
             main()
             sys.stdout.flush()

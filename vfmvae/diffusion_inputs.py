@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from vfmvae.data import (
@@ -25,12 +27,13 @@ from vfmvae.data import (
     open_data,
     validation_batches,
 )
-from vfmvae.data.latent_folder import read_manifest
+from vfmvae.data.latent_folder import check_shards, read_manifest
 from vfmvae.data.latents import LatentBatch
 from vfmvae.data.loader import load_latents
 from vfmvae.diffusion_config import DiffusionConfig
 from vfmvae.encoders import FrozenEncoder, build_encoder
 from vfmvae.images import to_unit
+from vfmvae.inference import progress
 from vfmvae.tokenizer import Posterior, Tokenizer
 from vfmvae.tokenizer.files import load_tokenizer, tokenizer_hash
 from vfmvae.training.diffusion_forward import DiffusionInputs
@@ -100,6 +103,13 @@ def check_classes(source: Source, classes: int) -> None:
         )
 
 
+def verify_checksums(folder: Path) -> None:
+    """Read every byte, with a bar; ValueError for a shard that is missing or damaged."""
+    manifest = read_manifest(folder)
+    with progress(Console(quiet=rank() > 0), "checking", len(manifest.shards), "shards") as bar:
+        check_shards(folder, manifest, advance=partial(bar.advance, bar.task_ids[0]))
+
+
 class LatentInputs:
     """Latents of a folder; with moments there, a sample of each posterior is drawn in every step."""
 
@@ -111,15 +121,16 @@ class LatentInputs:
         self.fields = ["moments" if "moments" in stored else "latents"]
         self.fields += ["features"] if config.needs_features else []
         self.fields += ["class_token"] if config.diffusion.class_token_width is not None else []
-        verify = config.verify_latents and local_rank() == 0  # once on each machine
-        with first_rank_first():
-            self.latents = Latents(config.latents, "train", config.seed, verify, self.fields)
+        self.latents = Latents(config.latents, "train", config.seed, False, self.fields)
         self.validation = Latents(config.latents, "validation", config.seed, False, self.fields)
         self.classes = self.latents.classes
         self.images = self.training_images = len(self.latents)
         settings = self.latents.manifest.settings
         self.tokenizer_hash = None if settings.tokenizer == "unknown" else settings.tokenizer
         self._check(tokenizer)
+        with first_rank_first():
+            if config.verify_latents and local_rank() == 0:  # once on each machine
+                verify_checksums(self.latents.path)
 
     def _check(self, tokenizer: Tokenizer | None) -> None:
         model, entry = self.config.diffusion, self.latents.read(0, 1)

@@ -293,6 +293,7 @@ def main() -> None:
     quarantine = Quarantine(listed, share, options.max_broken, lost=writer.lost())
     for fault in quarantine.add(source.faults()):
         say(console, f"warning: {fault.key}: {fault.reason}")
+    quarantine.check()
     with memory_errors(), progress(console, "encoding", todo) as bar:
         for number in writer.missing:
             rows = settings.rows(number)
@@ -331,7 +332,10 @@ def report(
         say(console, f"{done}; other processes are not done yet")
         return
     shape = " x ".join(map(str, manifest.latent_shape))
-    say(console, f"{done}; complete: {len(manifest)} latents of {shape}, shards: {len(manifest.shards)}")
+    lacking = manifest.settings.images - len(manifest)
+    lack = f"; {lacking} of the data set's images are left out, see {QUARANTINE}" if lacking else ""
+    what = f"{len(manifest)} latents of {shape}, shards: {len(manifest.shards)}"
+    say(console, f"{done}; complete: {what}{lack}")
 
 
 def few_shards(settings: LatentSettings, processes: int) -> str:

@@ -327,6 +327,51 @@ def test_damaged_parquet_files_are_told_and_left_out(tmp_path: Path) -> None:
         open_dataset(str(where / "data" / "train-empty.parquet"), "all")
 
 
+def test_damage_among_rows_costs_its_parquet_file(tmp_path: Path) -> None:
+    where = write("parquet", tmp_path / "set")
+    damaged = where / "data" / "train-00001-of-00002.parquet"
+    data = bytearray(damaged.read_bytes())
+    data[4 : len(data) // 2] = bytes(len(data) // 2 - 4)
+    damaged.write_bytes(data)
+    samples = open_dataset(str(where), "train")
+    assert contents(samples) == expected("train", range(7))
+    (fault,) = samples.faults()
+    assert fault.key == "data/train-00001-of-00002.parquet" and fault.reason.startswith("cannot be read: ")
+
+
+def test_parquet_files_of_other_columns_are_named(tmp_path: Path) -> None:
+    parquet(tmp_path / "train-0.parquet", jpg=[jpeg(0)], cls=[0])
+    parquet(tmp_path / "train-1.parquet", jpg=[jpeg(1)], cls=["one"])
+    with pytest.raises(ValueError, match="columns of .*train-1.parquet differ .*train-0.parquet: cls is str"):
+        open_dataset(str(tmp_path), "train")
+
+
+def test_splits_without_rows_are_told_and_left_out(tmp_path: Path) -> None:
+    filled, empty = rows(range(4)), rows(range(0))
+    datasets.DatasetDict({"train": filled, "test": empty}).save_to_disk(tmp_path / "some")
+    samples = open_dataset(str(tmp_path / "some"), "all")
+    assert contents(samples) == expected("train", range(4))
+    assert samples.faults() == [Fault("test", "holds no rows")]
+    datasets.DatasetDict({"train": empty}).save_to_disk(tmp_path / "none")
+    empty.save_to_disk(tmp_path / "alone")
+    for name in ("none", "alone"):
+        with pytest.raises(ValueError, match=f"no image is left in .*{name}: .* rows"):
+            open_dataset(str(tmp_path / name), "all")
+
+
+def test_a_column_of_words_called_label_is_told(tmp_path: Path) -> None:
+    words = datasets.Value("string")
+    images = [{"bytes": jpeg(n), "path": None} for n in range(3)]
+    features = datasets.Features({"image": IMAGE, "label": words})
+    table = datasets.Dataset.from_dict({"image": images, "label": ["a", "b", "c"]}, features=features)
+    table.save_to_disk(tmp_path)
+    samples = open_dataset(str(tmp_path), "all")
+    assert samples.classes == ("",)
+    assert samples.faults() == [
+        Fault("train", "column label is string and gives no labels; cast it to ClassLabel")
+    ]
+
+
 def test_a_damaged_saved_set_is_named(tmp_path: Path) -> None:
     write("saved", tmp_path)
     (file,) = (tmp_path / "train").glob("*.arrow")

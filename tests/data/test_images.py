@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from pathlib import Path
 
@@ -163,6 +164,44 @@ def test_a_link_to_a_folder_above_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "data/a/self").symlink_to(tmp_path / "data")
     (tmp_path / "data/c").symlink_to(write(tmp_path / "elsewhere", "3.png"))
     assert len(open_samples(str(tmp_path / "data"), "all")) == 3
+
+
+def test_links_among_folders_end(tmp_path: Path) -> None:
+    """Each of three folders holds links to the two others; a path goes through none twice."""
+    folders = "abc"
+    write(tmp_path, *(f"{name}/{name}.png" for name in folders))
+    for name, other in itertools.permutations(folders, 2):
+        (tmp_path / name / other).symlink_to(f"../{other}")
+    found = open_samples(str(tmp_path), "all")
+    routes = [route for n in (1, 2, 3) for route in itertools.permutations(folders, n)]
+    assert [found.key(n) for n in range(len(found))] == sorted(
+        f"{'/'.join(route)}/{route[-1]}.png" for route in routes
+    )
+
+
+def test_class_folders_without_images_and_unread_kinds_are_told(tmp_path: Path) -> None:
+    write(tmp_path, "train/b/1.png", "train/d/deep/1.png", "val/b/2.png")
+    for empty in ("train/a", "train/c", "val/d", "logs", "train/b/more"):
+        (tmp_path / empty).mkdir()
+    for name in ("train/c/1.gif", "train/b/0.GIF", "val/b/2.heic", "train/b/notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    for part in ("train", "validation"):
+        samples = open_samples(str(tmp_path), part)
+        assert samples.classes == ("b", "d") and samples.faults() == [
+            Fault("train/a/", "a folder without images, of which no class is made"),
+            Fault("train/c/", "a folder without images, of which no class is made"),
+            Fault("*.gif", "2 of a kind that is not read, the first train/b/0.GIF"),
+            Fault("*.heic", "1 of a kind that is not read, the first val/b/2.heic"),
+        ]
+
+
+def test_what_holds_no_images_says_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shapes are drawn"):
+        open_samples("shapes", "all")
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "shard-00000-of-00001.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds latents; describe them with vfmvae latents info"):
+        open_samples(str(tmp_path), "all")
 
 
 def test_a_pipe_is_a_fault_and_not_waited_for(tmp_path: Path) -> None:

@@ -7,13 +7,16 @@
 
 Without such a folder about a twentieth of the files is held out, chosen by a hash of each file's relative
 name: the choice is the same on every machine and stays when files are added.
+
+A class folder without images, and pictures of kinds that are not read, are told as faults: the first would
+have been a class, and moves the numbers of those after it.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +29,18 @@ EXTENSIONS = tuple(sorted(f".{extension}" for extension in IMAGE_EXTENSIONS))
 VALIDATION_FOLDERS = ("val", "validation", "valid")
 PACKED = (".tar", ".parquet")
 FEW_IMAGES = 20  # beside packed data they are pictures about it
+UNREAD = (".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".jpe", ".jfif", ".tga", ".dng")
+"""Files that show images as well, and are not read."""
 
 
 class FolderSamples:
     """Files below a folder, by their names; see `Samples`."""
 
-    def __init__(self, root: Path, entries: Sequence[_Entry], classes: tuple[str, ...]) -> None:
+    def __init__(
+        self, root: Path, entries: Sequence[_Entry], classes: tuple[str, ...], faults: Sequence[Fault] = ()
+    ) -> None:
         self.classes = classes
+        self._faults = list(faults)
         # Where there are classes, an image outside of them has none.
         numbers = {"": NO_LABEL, **{name: number for number, name in enumerate(classes)}}
         self._root = str(root)
@@ -61,7 +69,7 @@ class FolderSamples:
             raise SampleError(self._names[number], reason(error)) from None
 
     def faults(self) -> list[Fault]:
-        return []
+        return self._faults
 
 
 class _Entry(NamedTuple):
@@ -80,27 +88,58 @@ def open_folder(root: Path, part: Part) -> FolderSamples:
         raise ValueError(f"image folder {root} does not exist; it should hold {_extensions()} files")
     if not root.is_dir():
         raise ValueError(f"{root} is a file; give the folder that holds the {_extensions()} files")
-    names = image_names(root)
+    found = _list(root)
+    names = found.images
     if part == "all" and len(names) == 1:
-        return FolderSamples(root, [_entry(names[0], "")], (_entry(names[0], "").class_name,))
+        entry = _entry(names[0], "")
+        return FolderSamples(root, [entry], (entry.class_name,), _unread(found))
     splits = _split(root, names)
     everything = sorted(entry for entries in splits.values() for entry in entries)
     entries = everything if part == "all" else splits[part]
     if not entries:
         raise ValueError(f"no images for {part} in {root}: looked for {_extensions()} at any depth")
     classes = {entry.class_name for entry in everything}
-    return FolderSamples(root, entries, tuple(sorted(classes - {""} or classes)))
+    ordered = tuple(sorted(classes - {""} or classes))
+    empty = _empty_classes(root, names, found.folders, ordered)
+    return FolderSamples(root, entries, ordered, [*empty, *_unread(found)])
 
 
-def _split(root: Path, names: list[str]) -> dict[Split, list[_Entry]]:
-    """The files of both splits, in order."""
+def _empty_classes(root: Path, names: list[str], folders: list[str], classes: tuple[str, ...]) -> list[Fault]:
+    """Folders that lie where classes do, and have no image in either split."""
+    if classes == ("",):
+        return []
+    bases = _bases(root, names)
+    found = []
+    for folder in sorted(folders):
+        parent, slash, name = folder.rpartition("/")
+        if parent + slash in bases and f"{folder}/" not in bases and name not in classes:
+            found.append(Fault(f"{folder}/", "a folder without images, of which no class is made"))
+    return found
+
+
+def _unread(found: _Listing) -> list[Fault]:
+    return [
+        Fault(f"*{extension}", f"{count} of a kind that is not read, the first {first}")
+        for extension, (count, first) in sorted(found.unread.items())
+    ]
+
+
+def _bases(root: Path, names: list[str]) -> tuple[str, str | None]:
+    """The beginnings of names that lead to the classes, in training and in a folder for validation."""
     # The folder `test` has labels seldom, and validates where nothing else does.
     candidates = (*VALIDATION_FOLDERS, *(["test"] if (root / "train").is_dir() else []))
     validation = next((f"{name}/" for name in candidates if (root / name).is_dir()), None)
     if validation is None:
         # Where other folders with images lie beside it, `train` is a class.
-        return _hashed_split(root, names, "train/" if all(n.startswith("train/") for n in names) else "")
-    base = "train/" if (root / "train").is_dir() else ""
+        return "train/" if all(n.startswith("train/") for n in names) else "", None
+    return "train/" if (root / "train").is_dir() else "", validation
+
+
+def _split(root: Path, names: list[str]) -> dict[Split, list[_Entry]]:
+    """The files of both splits, in order."""
+    base, validation = _bases(root, names)
+    if validation is None:
+        return _hashed_split(root, names, base)
     training = [name for name in names if name.startswith(base) and not name.startswith(validation)]
     return {
         "train": [_entry(name, base) for name in training],
@@ -126,34 +165,71 @@ def _entry(name: str, base: str) -> _Entry:
     return _Entry(name, first if slash else "")
 
 
+class _Listing(NamedTuple):
+    """What lies below a folder by its name there: images in order, folders, and pictures that are not read
+    by their extension (how many, and the first).
+    """
+
+    images: list[str]
+    folders: list[str]
+    unread: dict[str, tuple[int, str]]
+
+
 def image_names(folder: Path) -> list[str]:
     """Image files at any depth by their names below a folder, sorted; hidden ones are left out."""
+    return _list(folder).images
 
-    def unreadable(error: OSError) -> None:
-        raise ValueError(f"cannot list image folder {error.filename}: {error.strerror}") from error
 
-    found: list[str] = []
+def _list(folder: Path) -> _Listing:
+    images: list[str] = []
     packed: list[str] = []
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".") and not leads_back(parent, name)]
-        below = os.path.relpath(parent, folder).replace(os.sep, "/")
-        before = "" if below == "." else f"{below}/"
-        packed += [before + n for n in files if not n.startswith(".") and n.endswith(PACKED)]
-        found += [before + n for n in files if not n.startswith(".") and n.lower().endswith(EXTENSIONS)]
-    if packed and len(found) <= max(FEW_IMAGES, len(packed)) and found:
+    folders: list[str] = []
+    unread: dict[str, list[str]] = {}
+    for below, names in walk(folder):
+        before = f"{below}/" if below else ""
+        folders += [below] if below else []
+        for name in names:
+            lower = name.lower()
+            if lower.endswith(EXTENSIONS):
+                images.append(before + name)
+            elif lower.endswith(PACKED):
+                packed.append(before + name)
+            elif lower.endswith(UNREAD):
+                unread.setdefault(os.path.splitext(lower)[1], []).append(before + name)
+    if packed and len(images) <= max(FEW_IMAGES, len(packed)) and images:
         raise ValueError(
-            f"{folder} holds {len(packed)} tar or parquet files ({packed[0]}) and {len(found)} images"
-            f" ({found[0]}); give a folder or a pattern of the ones, such as"
+            f"{folder} holds {len(packed)} tar or parquet files ({packed[0]}) and {len(images)} images"
+            f" ({images[0]}); give a folder or a pattern of the ones, such as"
             f" {folder}/**/*{Path(packed[0]).suffix}"
         )
-    return sorted(found)
+    return _Listing(sorted(images), folders, {ext: (len(names), min(names)) for ext, names in unread.items()})
 
 
-def leads_back(parent: str, name: str) -> bool:
-    """Whether a folder is a link to one that it lies in: following it would never end."""
-    path = os.path.join(parent, name)
-    above = os.path.realpath(path) + os.sep
-    return os.path.islink(path) and (os.path.realpath(parent) + os.sep).startswith(above)
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The folders in `folder`, itself ("") among them, by their names below it, and the files of each.
+
+    Hidden ones are left out. Links are followed, but not to a folder that the path has already gone through,
+    so a walk ends. ValueError for a folder that cannot be listed.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise ValueError(f"cannot list folder {error.filename}: {error.strerror}") from error
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        folders[:] = [n for n in folders if not n.startswith(".") and not _leads_back(folder, parent, n)]
+        below = os.path.relpath(parent, folder).replace(os.sep, "/")
+        yield "" if below == "." else below, [name for name in files if not name.startswith(".")]
+
+
+def _leads_back(top: Path, parent: str, name: str) -> bool:
+    """Whether a folder is a link to one on the path from `top` to it, or above: it would never end."""
+    path = Path(parent, name)
+    if not path.is_symlink():
+        return False
+    target = os.path.join(os.path.realpath(path), "")
+    passed = (Path(parent), *Path(parent).parents)
+    on_path = passed[: passed.index(top) + 1]
+    return any(os.path.join(os.path.realpath(folder), "").startswith(target) for folder in on_path)
 
 
 def _extensions() -> str:

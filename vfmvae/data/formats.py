@@ -10,6 +10,7 @@ from vfmvae.data.drawn import Drawn
 from vfmvae.data.folder import open_folder
 from vfmvae.data.huggingface import is_dataset, open_dataset
 from vfmvae.data.images import Images
+from vfmvae.data.latent_folder import MANIFEST
 from vfmvae.data.photographs import Photographs
 from vfmvae.data.samples import Part, Samples
 from vfmvae.data.scenes import Scenes
@@ -27,6 +28,13 @@ def open_samples(path: str, part: Part) -> Samples:
     Shards without an index are read once, with a progress bar on a terminal. ValueError where there is
     nothing of the kind, or nothing for `part`.
     """
+    if path in DRAWN and not Path(path).exists():
+        raise ValueError(f"{path} are drawn as they are needed; no images are stored")
+    if (Path(path) / MANIFEST).is_file() and any(Path(path).glob("*.safetensors")):
+        raise ValueError(
+            f"{path} holds latents; describe them with vfmvae latents info {path}, and train on them with"
+            f" vfmvae train_diffusion --latents {path}"
+        )
     if is_dataset(path):
         return open_dataset(path, part)
     from rich.console import Console  # not needed by those who read batches alone

@@ -17,28 +17,24 @@ Needs the package `datasets`: pip install "vfmvae[huggingface]".
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from vfmvae.atomic import reason
-from vfmvae.data.named_files import means_files, named_files
+from vfmvae.data.huggingface_files import PARQUET, is_saved, load_parquet, load_saved
+from vfmvae.data.named_files import means_files
 from vfmvae.data.packed import PackedStrings
 from vfmvae.data.samples import NO_LABEL, Fault, Part, SampleError
 from vfmvae.data.shard_index import LARGEST_LABEL
-from vfmvae.data.splits import check_part, divide, hashed_rows, kind_of
+from vfmvae.data.splits import check_part, divide, hashed_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 IMAGE_NAMES = ("image", "img", "jpg", "png")
 LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label")
-PARQUET = (".parquet",)
-SAVED = (("dataset_dict.json",), ("dataset_info.json", "state.json"))
-"""What save_to_disk leaves in the folder of a DatasetDict, and of a Dataset."""
 
 
 class Table(NamedTuple):
@@ -101,7 +97,7 @@ class DatasetSamples:
 
 def is_dataset(where: str) -> bool:
     """Whether `where` was saved by the library, or means parquet files: one, a pattern, or a folder."""
-    return _is_saved(where) or means_files(where, PARQUET)
+    return is_saved(where) or means_files(where, PARQUET)
 
 
 def open_dataset(where: str, part: Part) -> DatasetSamples:
@@ -118,10 +114,11 @@ def open_dataset(where: str, part: Part) -> DatasetSamples:
         raise ValueError(
             f'reading {where} needs the package datasets: pip install "vfmvae[huggingface]" ({error})'
         ) from None
-    splits, faults = (_load_saved(where), []) if _is_saved(where) else _load_parquet(where)
+    splits, faults = load_saved(where) if is_saved(where) else load_parquet(where)
     training, validation = divide(list(splits))
     tables = [_table(where, name, splits[name]) for name in (*training, *validation)]
     classes = _classes(where, tables)
+    faults += [fault for name in (*training, *validation) for fault in _unread_label(name, splits[name])]
     if validation and part != "all":
         chosen = training if part == "train" else validation
         tables = [table for table in tables if table.split in chosen]
@@ -131,68 +128,6 @@ def open_dataset(where: str, part: Part) -> DatasetSamples:
     if not len(rows):
         raise ValueError(f"no image for {part} in {where}; its splits are {', '.join(splits)}")
     return DatasetSamples(tables, rows, classes, faults)
-
-
-def _is_saved(where: str) -> bool:
-    return any(all(os.path.isfile(os.path.join(where, name)) for name in names) for names in SAVED)
-
-
-def _load_saved(where: str) -> dict[str, Dataset]:
-    import datasets
-
-    with _readable(where):
-        loaded = datasets.load_from_disk(where)
-    if isinstance(loaded, datasets.Dataset):
-        return {str(loaded.split or "train"): loaded}
-    return {str(split): dataset for split, dataset in loaded.items()}
-
-
-def _load_parquet(where: str) -> tuple[dict[str, Dataset], list[Fault]]:
-    """The splits by what the names of the files say, `train` where they say nothing; and the bad files."""
-    import datasets
-    import pyarrow.parquet as pq
-
-    root, names = named_files(where, PARQUET, "parquet file")
-    training, validation = divide(names)
-    splits: dict[str, Dataset] = {}
-    faults: list[Fault] = []
-    for files in (training, validation):
-        good = []
-        for name in files:
-            try:
-                empty = pq.read_metadata(root / name).num_rows == 0
-            except (OSError, ValueError) as error:
-                faults.append(Fault(name, f"cannot be read: {_first_line(error)}"))
-                continue
-            if empty:
-                faults.append(Fault(name, "holds no rows"))
-            else:
-                good.append(os.path.abspath(root / name))
-        if files and not good:
-            raise ValueError(f"no image is left in {where}: {faults[-1].key} {faults[-1].reason}")
-        if good:
-            split = kind_of(files[0]) or "train"
-            with _readable(where):
-                splits[split] = datasets.Dataset.from_parquet(good, split=datasets.NamedSplit(split))
-    return splits, faults
-
-
-@contextmanager
-def _readable(where: str) -> Iterator[None]:
-    """What the library raises for damaged files, as a ValueError with a sentence."""
-    import pyarrow
-    from datasets.exceptions import DatasetsError
-
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException, DatasetsError) as error:
-        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        raise ValueError(f"cannot read the data set {where}: {_first_line(cause)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    words = reason(error) if isinstance(error, OSError) else str(error)
-    return next(iter(words.strip().splitlines()), type(error).__name__)
 
 
 def _table(where: str, split: str, rows: Dataset) -> Table:
@@ -272,6 +207,15 @@ def _label_column(features: Features) -> str | None:
         if isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
     ]
     return next((name for name in LABEL_NAMES if name in (classes or integers)), None)
+
+
+def _unread_label(split: str, rows: Dataset) -> list[Fault]:
+    """What is told of a column named as labels are, where none is taken."""
+    named = [name for name in LABEL_NAMES if name in rows.features]
+    if _label_column(rows.features) is not None or not named:
+        return []
+    kind = _type(rows.features[named[0]])
+    return [Fault(split, f"column {named[0]} is {kind} and gives no labels; cast it to ClassLabel")]
 
 
 def _labels(where: str, split: str, rows: Dataset, column: str) -> np.ndarray:

@@ -7,7 +7,7 @@ import re
 from glob import glob, has_magic
 from pathlib import Path
 
-from vfmvae.data.folder import leads_back
+from vfmvae.data.folder import walk
 from vfmvae.data.samples import IMAGE_EXTENSIONS
 
 _IMAGE_FILES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
@@ -25,7 +25,7 @@ def means_files(where: str, endings: tuple[str, ...]) -> bool:
     if os.path.isdir(where):
         return _holds(Path(where), endings)
     name = where.partition("?")[0] if _REMOTE.match(where) else where
-    return any(expanded.endswith(endings) for expanded in expand_braces(name))
+    return any(expanded.lower().endswith(endings) for expanded in expand_braces(name))
 
 
 def named_files(where: str, endings: tuple[str, ...], what: str) -> tuple[Path, list[str]]:
@@ -78,21 +78,18 @@ def expand_braces(pattern: str) -> list[str]:
 def _find(folder: Path, endings: tuple[str, ...]) -> list[str]:
     """Names below `folder` at any depth, hidden files and folders left out."""
     found: list[str] = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not leads_back(parent, name)]
-        kept = [name for name in names if name.endswith(endings) and not name.startswith(".")]
-        found += [Path(parent, name).relative_to(folder).as_posix() for name in kept]
+    for below, names in walk(folder):
+        before = f"{below}/" if below else ""
+        found += [before + name for name in names if name.lower().endswith(endings)]
     return sorted(found)
 
 
 def _holds(folder: Path, endings: tuple[str, ...]) -> bool:
     found = False
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not leads_back(parent, name)]
-        visible = [name for name in names if not name.startswith(".")]
-        if any(name.lower().endswith(_IMAGE_FILES) for name in visible):
+    for _, names in walk(folder):
+        if any(name.lower().endswith(_IMAGE_FILES) for name in names):
             return False
-        found = found or any(name.endswith(endings) for name in visible)
+        found = found or any(name.lower().endswith(endings) for name in names)
     return found
 
 

@@ -59,6 +59,7 @@ class Quarantine:
         if broken <= limit:
             return
         first = [f"{key} ({reason})" for key, reason in list(self.found)[:SHOWN]]
+        first += [f"{self._lost} left out before"] if self._lost else []
         more = f" and {len(self.found) - SHOWN} more" if len(self.found) > SHOWN else ""
         where = f"; the whole list is {self.path}" if self.path is not None else ""
         raise ValueError(

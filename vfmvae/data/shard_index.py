@@ -31,7 +31,7 @@ from vfmvae.data.samples import IMAGE_EXTENSIONS, NO_LABEL
 LABELS = ("cls", "json")
 LARGEST_LABEL = 999_999
 """Classes are listed, and a number beyond this is an id of something else."""
-FORMAT = 1
+FORMAT = 2
 BLOCK = tarfile.BLOCKSIZE
 SEARCHED_AT_ONCE = 4 * 2**20  # bytes
 # What tarfile raises for headers, also for those that have a right checksum and senseless contents.
@@ -196,9 +196,10 @@ def _label(descriptor: int, file: tuple[int, Member] | None) -> int | None:
             label = int(text)
         else:
             record = json.loads(text)
-            label = record.get("label", NO_LABEL) if isinstance(record, dict) else NO_LABEL
-            if type(label) is not int:
-                return NO_LABEL
+            given = record.get("label") if isinstance(record, dict) else None
+            if given is not None and type(given) is not int:
+                return None
+            label = NO_LABEL if given is None else given
     except (ValueError, RecursionError):
         return None
     return max(label, NO_LABEL) if label <= LARGEST_LABEL else None

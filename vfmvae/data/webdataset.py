@@ -213,7 +213,7 @@ def _check_nested(shards: Sequence[str], indexes: Sequence[ShardIndex]) -> None:
 
 
 def _prefix(shard: str) -> str:
-    return shard.removesuffix(".tar")
+    return shard[:-4] if shard.lower().endswith(".tar") else shard
 
 
 def _read(descriptor: int, offset: int, size: int) -> bytes:
