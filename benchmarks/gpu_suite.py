@@ -76,8 +76,8 @@ def parts(device: str, output: Path, architecture: str | None) -> list[Part]:
     kernels = tests(*checks, *OPERATIONS, select=GPU) if cuda else tests(*checks, select=())
     engine = tests(*ENGINE, select=GPU, limit_s=100)
     graphs = tests(*GRAPHS, select=GPU, limit_s=100)
-    # on_the_gpu: what starts tests/kernels once more.
-    others = tests(*OPERATIONS, select=("-m", "not gpu", "-k", "not on_the_gpu"))
+    # Left out is what starts tests/kernels once more; Triton 3.6's interpreter fails with numpy from 2.4 on.
+    others = tests(*OPERATIONS, select=("-m", "not gpu", "-k", "not on_the_gpu and not in_the_interpreter"))
     size = ["--dtype", "bf16", "--size", "full"] if cuda else ["--size", "demo", "--repeats", "2"]
     speed = benchmark("kernels", f"kernels-{device}", device, output, *size)
     compared = benchmark("kernels", f"kernels-compile-{device}", device, output, *size, "--compile")

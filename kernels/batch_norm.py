@@ -58,7 +58,7 @@ def _statistics(
         at = _places(number, c, group, images, positions, sx_image, sx_channel, sx_position)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         count = tl.minimum(end - first, BN).to(tl.float32)
-        of_tile = tl.sum(x, 1) / count
+        of_tile = tl.div_rn(tl.sum(x, 1), count)
         apart = tl.where(inside, x - of_tile[:, None], 0.0)
         change = of_tile - mean
         total = seen + count
@@ -177,10 +177,10 @@ def _normalise_kernel(
         means = tl.load(row, mask=there, other=0.0)
         deviations = tl.load(row + channels, mask=there, other=0.0)
         counts = tl.maximum(tl.minimum(per_part, total - other * per_part), 0).to(tl.float32)[None, :]
-        mean = tl.sum(means * counts, 1) / count
+        mean = tl.div_rn(tl.sum(means * counts, 1), count)
         change = tl.where(there, means - mean[:, None], 0.0)
         squares = tl.sum(deviations + change * change * counts, 1)
-    rstd = 1.0 / tl.sqrt(squares / count + eps)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, count) + eps))
     if part == 0:
         table = table_ptr + group.to(tl.int64) * 2 * channels + c
         tl.store(table, mean, mask=used)
@@ -298,7 +298,7 @@ def _gradient_kernel(
         sums = sums_ptr + group.to(tl.int64) * 2 * channels + c
         tl.store(sums, plain, mask=used)
         tl.store(sums + channels, product, mask=used)
-    plain, product = plain / count, product / count
+    plain, product = tl.div_rn(plain, count), tl.div_rn(product, count)
     for first in range(begin, end, BN):
         number = first + tl.arange(0, BN)
         inside = (number < end)[None, :] & used[:, None]

@@ -70,10 +70,10 @@ def _norm_modulate_fwd_kernel(
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         row = sample * tokens + token
         if CENTRED:
-            mean = tl.sum(x, 1) / channels
+            mean = tl.div_rn(tl.sum(x, 1), channels * 1.0)
             x = tl.where(inside, x - mean[:, None], 0.0)
             tl.store(mean_ptr + row, mean, mask=token < end)
-        rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / channels + eps)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x, 1), channels * 1.0) + eps))
         tl.store(rstd_ptr + row, rstd, mask=token < end)
         out = x * rstd[:, None] * factor[None, :]
         if SHIFTED:
@@ -144,9 +144,9 @@ def _norm_modulate_bwd_kernel(
                 product += tl.sum(grad * normed, 0)
             if OF_X:
                 grad *= factor[None, :]
-                of_x = grad - normed * (tl.sum(grad * normed, 1) / channels)[:, None]
+                of_x = grad - normed * tl.div_rn(tl.sum(grad * normed, 1), channels * 1.0)[:, None]
                 if CENTRED:
-                    of_x -= (tl.sum(grad, 1) / channels)[:, None]
+                    of_x -= tl.div_rn(tl.sum(grad, 1), channels * 1.0)[:, None]
                 of_x *= rstd[:, None]
                 at = row[:, None] * channels + column[None, :]
                 tl.store(of_x_ptr + at, of_x.to(of_x_ptr.dtype.element_ty), mask=inside)

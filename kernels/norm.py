@@ -33,9 +33,9 @@ def _normalise_rows_fwd_kernel(
     column = tl.arange(0, WIDTH)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     x = tl.load(x_ptr + row[:, None] * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1) / columns
+    mean = tl.div_rn(tl.sum(x, 1), columns * 1.0)
     x = tl.where(inside, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / columns + eps)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(x * x, 1), columns * 1.0) + eps))
     out = (x * rstd[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * columns + column[None, :], out, mask=inside)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
@@ -59,8 +59,8 @@ def _normalise_rows_bwd_kernel(
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
     normed = tl.load(normed_ptr + at, mask=inside, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
-    mean = tl.sum(grad, 1) / columns
-    along = tl.sum(grad * normed, 1) / columns
+    mean = tl.div_rn(tl.sum(grad, 1), columns * 1.0)
+    along = tl.div_rn(tl.sum(grad * normed, 1), columns * 1.0)
     grad_x = rstd[:, None] * (grad - mean[:, None] - normed * along[:, None])
     tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
 

@@ -54,6 +54,9 @@ def assert_kernel_close(
     blocks of sqrt(n) terms - PyTorch's sums and ours are nested so, or deeper - their sum is of the order of
     eps / 2 * terms**(1/4) times the root mean square of the results.
 
+    The largest error of fewer than a hundred results is luck as well, and GPUs divide, take roots and powers
+    to within a few roundings: each of so few may be off by four of float32.
+
     Args:
         out: the kernel's result.
         eager: the reference's result from the same inputs in the same dtype.
@@ -74,6 +77,8 @@ def assert_kernel_close(
     allowed = 2 * eager_error + precision.eps * truth.abs() + precision.tiny
     if terms:
         allowed += precision.eps * terms**0.25 * truth.square().mean().sqrt()
+    if out.numel() < 100:
+        allowed += 4 * torch.finfo(torch.float32).eps * truth.abs().max().clamp_min(1.0)
     place = torch.unravel_index((error - allowed).argmax(), error.shape)
     where, (wrong, limit) = [int(i) for i in place], (float(t[place]) for t in (error, allowed))
     assert wrong <= limit, f"{what}: error {wrong:.3g} at {where}, allowed {limit:.3g}"

@@ -238,3 +238,14 @@ def test_a_resumed_run_cannot_gain_or_lose_a_discriminator() -> None:
             check_same_run(replace(demo(), stages=(first, replace(second, losses=losses))), demo())
     other = replace(second, losses=replace(second.losses, adversarial=0.2))
     check_same_run(replace(demo(), stages=(first, other)), demo())
+
+
+def test_groups_of_another_size_than_the_whole_batchs_are_a_warning() -> None:
+    def warnings(parts: int, adversarial: float = 1.0) -> list[str]:
+        stages = (replace(demo().stages[0], losses=LossWeights(adversarial=adversarial)),)
+        engine = EngineConfig(accumulate=parts)
+        return replace(demo(), batch_size=32, stages=stages, engine=engine).warnings()
+
+    assert warnings(1) == warnings(2) == warnings(4) == warnings(8, adversarial=0.0) == []
+    (warning,) = warnings(8)
+    assert "over groups of 4 images, as 4 are computed at once, and not over 8" in warning

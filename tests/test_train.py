@@ -39,6 +39,7 @@ from tests.whole_runs import (
 from vfmvae.config import TrainConfig
 from vfmvae.data import Photographs
 from vfmvae.serialization import to_json
+from vfmvae.train import TokenizerRun
 from vfmvae.training.device import slow_on_cpu
 from vfmvae.training.engine import EngineConfig
 from vfmvae.training.run_folder import RunFolder
@@ -320,9 +321,40 @@ def test_going_on_with_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 def test_a_run_that_is_lengthened_into_another_stage_is_refused(tmp_path: Path) -> None:
     stages = tuple(stage(LossWeights(alignment=0.5), name=name, images=8) for name in ("one", "two"))
     run(cheap(stages=stages, steps=4), tmp_path)
-    message = "step 4 of the run lies in stage 'two'; with --steps 12 it would lie in 'one'"
+    message = "step 4 of the run lies in stage 'two'; by stages of 6, 6 steps it would lie in 'one'"
     with pytest.raises(ValueError, match=message):
         run(cheap(stages=stages, steps=12), tmp_path)
+
+
+def test_the_last_stage_of_a_finished_run_may_be_lengthened(tmp_path: Path) -> None:
+    one, two = (stage(LossWeights(alignment=0.5), name=name, images=4) for name in ("one", "two"))
+    run(cheap(stages=(one, two), steps=None), tmp_path)
+    longer = cheap(stages=(one, replace(two, images=8)), steps=None)
+    run(longer, tmp_path)
+    assert [line["stage"] for line in lines(tmp_path)] == ["one"] * 2 + ["two"] * 4
+
+
+def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(tmp_path: Path) -> None:
+    """The first evaluation, during which it comes, takes minutes at full size."""
+    measure = TokenizerRun.measure
+
+    def interrupted(run: TokenizerRun) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return measure(run)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(TokenizerRun, "measure", interrupted)
+        run(cheap(steps=2), tmp_path)
+    assert ended.value.code == 0 and saved_steps(tmp_path) == [0] and lines(tmp_path) == []
+    run(cheap(steps=2), tmp_path)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_tracker_that_does_not_open_leaves_the_folder_free(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no login"):
+        patch.setattr("vfmvae.training.run.open_trackers", mock.Mock(side_effect=ValueError("no login")))
+        run(cheap(steps=1), tmp_path)
+    RunFolder(tmp_path).check_new()
 
 
 def test_a_run_in_half_precision_goes_on_in_single(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -353,6 +354,18 @@ def test_a_step_asks_the_device_for_nothing(kind: str, dtype: str) -> None:
         ready.state.step += 1
     assert {"r1"} & ready.weights().keys()
     assert {"preservation", "adversarial_factor", "alignment_factor"} <= result.losses.keys()
+
+
+@pytest.mark.parametrize(
+    "engine", [{}, {"accumulate": 4}, {"share_forward": False}], ids=["whole", "in parts", "two forwards"]
+)
+def test_each_code_that_a_batch_hits_counts_once(engine: dict[str, Any]) -> None:
+    tokenizer = replace(tiny().tokenizer, bottleneck=BottleneckConfig(kind="discrete", codebooks=2, codes=16))
+    ready = built(stage(), tokenizer=tokenizer, batch_size=32, engine=EngineConfig(**engine))
+    steps(ready, 2)
+    assert ready.playing
+    for book in ready.tokenizer.bottleneck.codebooks:
+        assert book.usage.sum().item() == pytest.approx((0.99 + 1) * 0.01 * 32 * 8 * 8, rel=1e-5)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vfmvae.discriminators import ProjectedDiscriminatorConfig
-from vfmvae.discriminators.layers import group_count
+from vfmvae.discriminators.layers import GROUP_SIZE, group_count
 from vfmvae.losses.perceptual import PerceptualName
 from vfmvae.serialization import from_dict, read_json
 from vfmvae.tokenizer import TokenizerConfig
@@ -129,6 +129,20 @@ class TrainConfig(RunConfig):
         if any(getattr(stage.losses, term) for stage in self.stages for term in ADVERSARIAL_TERMS):
             group_count(images)  # found now, not when the stage begins
         return images
+
+    def warnings(self, processes: int = 1) -> list[str]:
+        """What is computed otherwise than for the whole batch at once, though it may be meant."""
+        adversarial = any(getattr(s.losses, term) for s in self.stages for term in ADVERSARIAL_TERMS)
+        at_once = self.images_at_once(processes)
+        if not adversarial or at_once == self.batch_size:
+            return []
+        group, published = at_once // group_count(at_once), min(GROUP_SIZE, self.batch_size)
+        if group == published:
+            return []
+        return [
+            f"discriminators normalise over groups of {group} images, as {at_once} are computed at once, and"
+            f" not over {published}: adversarial losses differ from those of the whole batch"
+        ]
 
     def plan(self) -> StagePlan[StageConfig]:
         """The stages in updates."""

@@ -40,7 +40,7 @@ def diffusion_step(job: DiffusionJob, batch: Sequence[Any]) -> StepResult:
     clip = job.config.engine.clip_norm
     skip, norm = clipped_update(job.optimizer, job.parameters, job.guard, total, clip)
     job.average()
-    return StepResult({**losses, "total": total, "gradient_norm": norm}, skip)
+    return StepResult({**losses, "total": total, "gradient_norm": norm}, {"transformer": skip})
 
 
 def weighted(losses: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

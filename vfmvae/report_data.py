@@ -12,7 +12,7 @@ from PIL import Image
 
 from vfmvae.serialization import read_json
 from vfmvae.training.figures import figures
-from vfmvae.training.logging import INTERVAL_KEYS, RATE_PREFIX, read_metrics
+from vfmvae.training.logging import INTERVAL_KEYS, RATE_PREFIX, SKIPPED_PREFIX, read_metrics
 
 MAX_PICTURES = 24
 """Pictures per run in a page, evenly spread over the run."""
@@ -88,7 +88,7 @@ def section(name: str, of_evaluation: bool) -> str:
         return "evaluation"
     if name.startswith(RATE_PREFIX):
         return "rates"
-    return "speed" if name in INTERVAL_KEYS else "losses"
+    return "speed" if name in INTERVAL_KEYS or name.startswith(SKIPPED_PREFIX) else "losses"
 
 
 def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -138,6 +138,8 @@ class TokenizerRun(Run[Job, Evaluation]):
         self.say(f"computing on {device_name(job.device)}{processes}: {', '.join(how)}")
         self.say(f"data: {self.data()}")
         self.say(f"attention: {self.attention()}")
+        for warning in config.warnings(world_size()):
+            self.say(f"warning: {warning}")
         slow = slow_on_cpu(job.tokenizer.dtype, job.device)
         if slow is not None:
             self.say(f"warning: {slow}")

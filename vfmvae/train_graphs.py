@@ -94,8 +94,9 @@ class _Recording:
         self._job = job
         self._inputs = StandingInputs(torch.ones((), device=job.device))
         self._graph: Graph | None = None
-        self._names: list[str] = []
-        self._numbers: Tensor  # of the result, by name
+        self._losses: list[str] = []
+        self._updates: list[str] = []
+        self._numbers: Tensor  # of the result, in the order of both
 
     def step(
         self, batch: Sequence[Tensor], weights: Mapping[str, float], new_graph: Callable[[], Graph]
@@ -114,8 +115,12 @@ class _Recording:
                 self._run()
         else:
             self._graph.replay()
-        *losses, skipped = self._numbers.clone().unbind()  # the next replay writes into the same place
-        return StepResult(dict(zip(self._names, losses, strict=True)), skipped)
+        numbers = self._numbers.clone().unbind()  # the next replay writes into the same place
+        count = len(self._losses)
+        return StepResult(
+            dict(zip(self._losses, numbers[:count], strict=True)),
+            dict(zip(self._updates, numbers[count:], strict=True)),
+        )
 
     def _renew_draws(self) -> None:
         for (first, stream), made in self._inputs.draws.items():
@@ -132,8 +137,10 @@ class _Recording:
 
     def _run(self) -> None:
         result = update_all(self._job, self._inputs.images, self._inputs.weights)
-        self._names = list(result.losses)
-        self._numbers = torch.stack([*(loss.float() for loss in result.losses.values()), result.skipped])
+        self._losses, self._updates = list(result.losses), list(result.skips)
+        self._numbers = torch.stack(
+            [*(loss.float() for loss in result.losses.values()), *result.skips.values()]
+        )
 
     def _recorded(self, graph: Graph) -> Graph:
         job = self._job

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vfmvae.config import TrainConfig
-from vfmvae.data import open_data
+from vfmvae.data import Images, open_data
 from vfmvae.data.transforms import CropConfig
 from vfmvae.tokenizer.equivariance import EquivarianceConfig
 from vfmvae.train_memory import MetaRun, StageMemory
@@ -25,7 +25,8 @@ GIB = 2**30
 def describe(config: TrainConfig, console: Console) -> None:
     """Print the plan of a run; ValueError for data, a batch or a stage that cannot be."""
     plan, images_at_once = config.plan(), config.images_at_once()
-    images = open_data(config.data, "train", config.tokenizer.resolution, config.seed).batch(0, 1)["image"]
+    data = open_data(config.data, "train", config.tokenizer.resolution, config.seed)
+    images = data.batch(0, 1)["image"]
     run, memories, outputs = MetaRun(config), list[StageMemory](), list[StepOutput]()
     for number, (stage, updates) in enumerate(zip(config.stages, plan.lengths, strict=True)):
         memory, output = run.enter_stage(number)
@@ -51,6 +52,12 @@ def describe(config: TrainConfig, console: Console) -> None:
         console,
         f"{total / 1e6:.1f} M parameters in all, {plan.steps:,} updates of {config.batch_size} images",
     )
+    if isinstance(data, Images):
+        _say(console, f"data: {len(data):,} images of {len(data.classes):,} classes in {config.data}")
+    else:
+        _say(console, f"data: {config.data or 'the embedded photographs, a few; --data PATH for others'}")
+    for warning in config.warnings():
+        _say(console, f"warning: {warning}")
     shapes(outputs[0], [config.batch_size, *images.shape[1:]], config, console)
     most_memory(memories, images_at_once, run, console)
 
@@ -122,13 +129,18 @@ def most_memory(memories: list[StageMemory], images: int, run: MetaRun, console:
     number = max(range(len(memories)), key=lambda n: memories[n].total(images))
     memory = memories[number]
     parts = f" (engine.accumulate {engine.accumulate})" if engine.accumulate > 1 else ""
+    gpu = (
+        " (as on a GPU; --device cpu counts float32)"
+        if run.config.device == "auto" == run.config.dtype
+        else ""
+    )
     again = ", decoder blocks computed again (engine.recompute)" if engine.recompute else ""
     _say(
         console,
         f"memory, estimated: most in stage {stages[number].name}, {memory.total(images) / GIB:.1f} GiB in one"
         f" process that computes {images} images at once{parts}: {memory.fixed / GIB:.1f} GiB for weights,"
         f" gradients, moments and averages, and {memory.per_image / GIB:.2f} GiB per image for graphs in"
-        f" {str(run.dtype).removeprefix('torch.')}{again}; fused operations need less",
+        f" {str(run.dtype).removeprefix('torch.')}{gpu}{again}; fused operations need less",
     )
 
 

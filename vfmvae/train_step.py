@@ -19,7 +19,6 @@ from torch import Tensor
 
 from vfmvae.images import to_unit
 from vfmvae.tokenizer.equivariance import EQUIVARIANCE_UNIFORMS, Equivariance, draw_equivariance
-from vfmvae.tokenizer.style import share_of_part
 from vfmvae.train_job import Job
 from vfmvae.training.adaptive import (
     BALANCED_TERMS,
@@ -100,7 +99,7 @@ def update_all(job: Job, batch: Sequence[Tensor], weights: Weights) -> StepResul
         for number, images in enumerate(batch)
     ]
     losses: dict[str, Tensor] = {}
-    skipped: list[Tensor] = []
+    skipped: dict[str, Tensor] = {}
     begun = None
     if job.playing:
         if job.config.engine.share_forward and len(parts) == 1:
@@ -112,9 +111,9 @@ def update_all(job: Job, batch: Sequence[Tensor], weights: Weights) -> StepResul
         for adversary in job.playing:
             loss, skip = discriminator_step(job, adversary, parts, fakes[adversary.name], targets, weights)
             losses[f"discriminator_{adversary.name}"] = loss
-            skipped.append(skip)
-    of_tokenizer, skip = generator_step(job, parts, weights, begun)
-    return StepResult({**of_tokenizer, **losses}, torch.stack([*skipped, skip]).amax())
+            skipped[f"discriminator_{adversary.name}"] = skip
+    of_tokenizer, skips = generator_step(job, parts, weights, begun)
+    return StepResult({**of_tokenizer, **losses}, {**skipped, **skips})
 
 
 def begin(job: Job, part: Part, weights: Weights) -> Begun:
@@ -135,14 +134,13 @@ def look(job: Job, adversary: Adversary, image: Tensor, part: Part, weights: Wei
 def forward(job: Job, part: Part, weights: Weights, stream: int, average: bool = True) -> StepOutput:
     """The tokenizer's forward of one part, with the draws of a stream.
 
-    `average`: the part counts in the running mean of the style, once in a step.
+    `average`: the part counts in the tokenizer's running statistics, once in a step.
     """
     draws = job.draws(part.first, stream)
     change = drawn_equivariance(job, draws)
     noise = draws.seed()
     snapshot = job.snapshot if "preservation" in weights else None
-    share = share_of_part(part.number, part.parts) if average else 0.0
-    with job.tokenizer.style.averaging(share):
+    with job.tokenizer.averaging(part.number, part.parts if average else 0):
         return job.model(part.images, noise, change, "alignment" in weights, snapshot)
 
 
@@ -199,8 +197,8 @@ def discriminator_step(
 
 def generator_step(
     job: Job, parts: Sequence[Part], weights: Weights, begun: Begun | None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """One update of the tokenizer and its companions; returns its losses, and 1.0 if one was skipped.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One update of the tokenizer and its companions; returns its losses, and which updates were skipped.
 
     `begun`: the forward of the only part, where the discriminators used it already.
     """
@@ -229,7 +227,7 @@ def generator_step(
     if "alignment" in losses:
         losses["alignment_factor"] = weights["alignment"] * job.factor("alignment")
         total = total + losses["alignment_factor"] * losses["alignment"]
-    skipped = []
+    skipped = {}
     for companion in job.companions:
         # Its losses went backward with the tokenizer's, and carry that scale, which the next line may move.
         scale_gradients(companion.parameters, job.guard.scale.reciprocal())
@@ -237,10 +235,10 @@ def generator_step(
         clip_norm = job.config.engine.clip_norm
         skip, _ = clipped_update(companion.optimizer, companion.parameters, companion.guard, loss, clip_norm)
         companion.buffers.restore(skip)
-        skipped.append(skip)
+        skipped[companion.name] = skip
     skip, norm = clipped_update(job.optimizer, job.trained, job.guard, total, job.config.engine.clip_norm)
     job.buffers.restore(skip)
-    return {**losses, "total": total, "gradient_norm": norm}, torch.stack([*skipped, skip]).amax()
+    return {**losses, "total": total, "gradient_norm": norm}, {**skipped, "tokenizer": skip}
 
 
 def generator_backward(

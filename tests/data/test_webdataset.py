@@ -21,6 +21,7 @@ from tests.data.shards import contents, jpeg, labelled, names, write_imagenet, w
 from vfmvae.data import webdataset
 from vfmvae.data.named_files import expand_braces
 from vfmvae.data.samples import Fault, SampleError
+from vfmvae.data.shard_index import FORMAT
 from vfmvae.data.webdataset import ShardSamples, is_shards, open_shards
 
 
@@ -307,7 +308,7 @@ def test_a_large_set_is_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         file = tmp_path / f"x-{shard:03}.tar"
         np.savez(
             f"{file}.index.npz",
-            stamp=np.array([1, size, file.stat().st_mtime_ns]),
+            stamp=np.array([FORMAT, size, file.stat().st_mtime_ns]),
             numbers=np.stack([index, index, index % 1000, 6 * (index + 1)]),
             names=np.frombuffer(text, np.uint8),
             faults=np.frombuffer(b"[]", np.uint8),

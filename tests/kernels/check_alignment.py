@@ -76,7 +76,11 @@ def compare(pair: tuple[Tensor, Tensor], margins: tuple[float, float]) -> None:
         return [loss.detach(), torch.autograd.grad(loss, own, scale.to(loss.dtype))[0]]
 
     kernel, eager, truth = run("triton", p.dtype), run(False, p.dtype), run(False, torch.float64)
-    assert_kernel_close(kernel[0], eager[0], truth[0], "loss", terms=shape[0] * shape[1] ** 2)
+    if ON_GPU and p.dtype != torch.float32:
+        # Matrix units cut sums off at every step, in float32 too: a bias that eager, in float32, has not.
+        torch.testing.assert_close(kernel[0].double(), truth[0], rtol=1e-5, atol=1e-9)
+    else:
+        assert_kernel_close(kernel[0], eager[0], truth[0], "loss", terms=shape[0] * shape[1] ** 2)
     # Each row of the gradient is as long as its own row of the prediction is short.
     rows = p.double().norm(dim=-1, keepdim=True)
     weighed = [(x[1].double() * rows).to(x[1].dtype) for x in (kernel, eager, truth)]

@@ -84,17 +84,35 @@ def test_losses_may_come_and_go_and_a_mean_is_over_the_steps_that_have_one(tmp_p
 
 def test_skipped_steps_are_counted_and_do_not_enter_the_means(tmp_path: Path) -> None:
     output = io.StringIO()
-    good, bad = torch.tensor(0.0), torch.tensor(1.0)
+    good, bad = ({"tokenizer": torch.tensor(float(skipped))} for skipped in (False, True))
     with open_log(tmp_path / "m", total=5, every=3, console=Console(file=output)) as log:
         log.step(at(1), scalars(l1=1.0), {}, good)
         log.step(at(2), scalars(l1=math.nan, r1=math.inf), {}, bad)
         means = log.step(at(3), scalars(l1=2.0), {}, good)
-        assert means is not None and means["l1"] == 1.5 and math.isnan(means["r1"])
+        assert means is not None and means == {"l1": 1.5, "r1": math.inf}
         log.step(at(4), scalars(l1=math.nan), {}, bad)
     first, second = lines(tmp_path / "m")
     assert (first["l1"], first["r1"], first["skipped_steps"]) == (1.5, None, 1)
-    assert (second["l1"], second["skipped_steps"]) == (None, 1)
+    assert (second["l1"], second["skipped_steps"], second["skipped_tokenizer"]) == (None, 1, 1)
     assert ["1 skipped" in output.getvalue().splitlines()[0], "2 skipped" in output.getvalue()] == [True] * 2
+
+
+def test_of_skipped_steps_it_is_said_which_update_and_which_losses(tmp_path: Path) -> None:
+    """One of two discriminators is broken; what is finite is shown where no step counts."""
+    output = io.StringIO()
+    skips = scalars(discriminator_patch=1.0, discriminator_projected=0.0, tokenizer=0.0)
+    with open_log(tmp_path / "m", total=2, every=2, console=Console(file=output)) as log:
+        log.step(at(1), scalars(l1=1.0, discriminator_patch=math.nan), {}, skips)
+        log.step(at(2), scalars(l1=2.0, discriminator_patch=1.0), {}, skips)
+        reason = "as the gradients of discriminator_patch were not finite or exploded"
+        assert log.trouble == f"{reason}; not finite: discriminator_patch"
+    (line,) = lines(tmp_path / "m")
+    assert (line["l1"], line["discriminator_patch"], line["skipped_discriminator_patch"]) == (1.5, None, 2)
+    assert {name for name in line if name.startswith("skipped_")} == {
+        "skipped_steps",
+        "skipped_discriminator_patch",
+    }
+    assert f"step 2: 2 steps skipped, {reason}" in output.getvalue()
 
 
 def test_skips_in_a_row_are_counted_over_the_ends_of_intervals(tmp_path: Path) -> None:
@@ -103,11 +121,11 @@ def test_skips_in_a_row_are_counted_over_the_ends_of_intervals(tmp_path: Path) -
         for step, flag in enumerate(flags, 1):
             stage = "first" if step <= 4 else "second"  # which ends an interval too
             log.enter_stage(stage)
-            log.step(at(step, stage), scalars(l1=1.0), {}, torch.tensor(float(flag)))
+            log.step(at(step, stage), scalars(l1=1.0), {}, scalars(tokenizer=float(flag)))
             counts.append(log.skips_in_a_row)
         assert counts == [0, 0, 1, 1, 2, 4, 4, 4, 2]
         log.rewind(at(2), skips_in_a_row=3)
-        log.step(at(3), scalars(l1=1.0), {}, torch.tensor(1.0))
+        log.step(at(3), scalars(l1=1.0), {}, scalars(tokenizer=1.0))
         assert log.skips_in_a_row == 4
 
 
@@ -158,7 +176,7 @@ def test_the_device_is_read_once_per_interval_and_memory_may_be_reused(tmp_path:
     with open_log(tmp_path / "m", total=6, every=3) as log, mock.patch.multiple(Tensor, **patches):
         for step in range(1, 7):
             loss.fill_(step)  # as a captured step does, in place
-            log.step(at(step), {"l1": loss, "total": loss * 2}, {}, skipped=torch.tensor(0.0))
+            log.step(at(step), {"l1": loss, "total": loss * 2}, {}, {"tokenizer": torch.tensor(0.0)})
     assert reads.call_args_list == [mock.call("tolist")] * 2
     assert [line["l1"] for line in lines(tmp_path / "m")] == [2.0, 5.0]
 

@@ -5,7 +5,8 @@ Shapes: B batch, z latent channels, h x w latent grid, K codebooks, V codes in e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -162,6 +163,20 @@ class DiscreteBottleneck(nn.Module):
             for _ in range(config.codebooks)
         )
 
+    @contextmanager
+    def counting(self, number: int, parts: int) -> Iterator[None]:
+        """While entered, a forward in training mode adds part `number` (0 for the first) of a batch to the
+        codebooks' `usage`; of 0 parts, none.
+        """
+        books: list[Any] = list(self.codebooks)
+        for book in books:
+            book.counts, book.kept = parts > 0, Codebook.USAGE_DECAY if number == 0 else 1.0
+        try:
+            yield
+        finally:
+            for book in books:
+                book.counts, book.kept = True, Codebook.USAGE_DECAY
+
     def forward(self, latents: Tensor) -> DiscretePosterior:
         """[B, z, h, w] -> codes, indices and losses; computed in float32."""
         results = [
@@ -216,6 +231,8 @@ class Codebook(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.randn(codes, width), dim=1))
         self.register_buffer("usage", torch.zeros(codes))
+        self.counts = True
+        self.kept = self.USAGE_DECAY
         self.beta = config.beta
         self.temperature = config.entropy_temperature
 
@@ -232,7 +249,7 @@ class Codebook(nn.Module):
         indices = similarity.detach().argmax(dim=-1)
         chosen = codes[indices]  # [B, h, w, c]
         quantization = self.beta * F.mse_loss(x, chosen.detach()) + F.mse_loss(chosen, x.detach())
-        if self.training:
+        if self.training and self.counts:
             self._track(indices)
         straight = x + (chosen - x).detach()
         return straight.permute(0, 3, 1, 2), chosen.permute(0, 3, 1, 2), indices, quantization, similarity
@@ -256,4 +273,4 @@ class Codebook(nn.Module):
         hits = torch.zeros_like(self.usage).scatter_add_(0, indices.flatten(), ones)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(hits)
-        self.usage.lerp_(hits, 1 - self.USAGE_DECAY)
+        self.usage.mul_(self.kept).add_(hits, alpha=1 - self.USAGE_DECAY)

@@ -6,7 +6,8 @@ w] with h = H / downsample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -28,7 +29,7 @@ from vfmvae.tokenizer.bottleneck import (
 )
 from vfmvae.tokenizer.decoder import INPUT_STRIDE, Decoder, DecoderConfig
 from vfmvae.tokenizer.fusion import FusionConfig, LatentFusion, LatentProjection, map_to_tokens, tokens_to_map
-from vfmvae.tokenizer.style import StyleMapping
+from vfmvae.tokenizer.style import StyleMapping, share_of_part
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,17 @@ class Tokenizer(nn.Module):
         self.style = StyleMapping(width, config.decoder.style_width, config.decoder.style_pooled)
         self.decoder = Decoder(config.decoder, width, config.downsample)
         self.fused = fused
+
+    @contextmanager
+    def averaging(self, number: int, parts: int) -> Iterator[None]:
+        """While entered, a forward in training mode counts in the running statistics (mean style, usage of
+        codes) as part `number`, 0 for the first, of a batch in so many equal parts; of 0 parts, not at all.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self.style.averaging(share_of_part(number, parts) if parts else 0.0))
+            if isinstance(self.bottleneck, DiscreteBottleneck):
+                stack.enter_context(self.bottleneck.counting(number, parts))
+            yield
 
     def _token_ratio(self) -> int:
         """Encoder tokens per latent position along one axis."""

@@ -16,7 +16,8 @@ class ComputeConfig:
     """Speed and memory of a training step, whatever it trains."""
 
     accumulate: int = 1
-    """Parts that every batch is computed in, one after another; the update is that of the whole batch."""
+    """Parts that every batch is computed in, one after another; the update is that of the whole batch,
+    except that a discriminator's batch norm, whose groups are of 8 images, and entropy losses see a part."""
     clip_norm: float = 0.0
     """Gradients are scaled down to this norm, those of every optimizer apart; 0: not."""
     recompute: bool = False

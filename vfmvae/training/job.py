@@ -17,7 +17,12 @@ class StepResult(NamedTuple):
     """What a step reports, all on the device."""
 
     losses: dict[str, Tensor]  # unweighted scalars, and "total"
-    skipped: Tensor  # 1.0 if any update of the step was skipped, else 0.0
+    skips: dict[str, Tensor]  # by the name of each update of the step: 1.0 if it was skipped, else 0.0
+
+    @property
+    def skipped(self) -> Tensor:
+        """1.0 if any update of the step was skipped, else 0.0."""
+        return torch.stack(list(self.skips.values())).amax()
 
 
 class DataIdentity(NamedTuple):

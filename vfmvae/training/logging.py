@@ -3,7 +3,8 @@
 metrics.jsonl holds one JSON object per line, of three kinds, each with "step" and "seen_images":
 
     start   a process begins here: time, versions, device, "total_images"
-    train   means over an interval: losses by name, "learning_rate_<name>", and INTERVAL_KEYS
+    train   means over an interval: losses by name, "learning_rate_<name>", INTERVAL_KEYS, and
+            "skipped_<name>" where updates of that name were skipped
     eval    quality by name, of an evaluation
 
 Names end in their unit. A value that is not finite is null.
@@ -17,7 +18,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -40,7 +42,8 @@ from vfmvae.training.trackers import Tracker
 INTERVAL_KEYS = ("images_per_second", "interval_s", "peak_memory_gib", "skipped_steps")
 """What a train line says of its interval, besides losses and learning rates."""
 RATE_PREFIX = "learning_rate_"
-_SKIPPED = "skipped"
+SKIPPED_PREFIX = "skipped_"
+"""Before the name of an update, of which a line says how many were skipped, where any was."""
 
 
 class Position(NamedTuple):
@@ -81,6 +84,8 @@ class TrainingLog:
         self._values = _DeviceValues()
         self._rates: dict[str, float] = {}
         self._skipped_steps = 0
+        self.trouble = ""
+        """Why the steps that were skipped last were: a part of a sentence."""
         self.skips_in_a_row = 0
         """How many of the last updates were skipped, with none in between that was not, as of the last
         interval's end; equal in all processes."""
@@ -113,7 +118,7 @@ class TrainingLog:
         now: Position,
         losses: Mapping[str, Tensor],
         rates: Mapping[str, float],
-        skipped: Tensor | None = None,
+        skips: Mapping[str, Tensor] | None = None,
     ) -> dict[str, float] | None:
         """Record one step; `now` is the position after it.
 
@@ -121,18 +126,18 @@ class TrainingLog:
             losses: scalars on the device, by name. Names may change from step to step, equally in all
                 processes; the mean of each is over the steps that have it.
             rates: the learning rate of each optimizer, by its name.
-            skipped: a scalar, not 0 where the update was skipped. Such steps are counted and do not enter
-                the means.
+            skips: a scalar per update of the step, not 0 where it was skipped. Steps with one are counted,
+                and do not enter the means unless no other step of the interval has the loss.
 
         Returns:
             At the end of an interval its means, equal in all processes, NaN where a loss was not finite in a
-            step that counts or no step counts. Else None, without a wait for the device.
+            step that counts. Else None, without a wait for the device.
 
         Raises:
             OSError: with a sentence, if metrics.jsonl cannot be written.
         """
         self.enter_stage(now.stage)
-        self._values.add(losses, skipped)
+        self._values.add(losses, skips or {})
         self._rates = dict(rates)
         self._last = now
         if self._display is not None:
@@ -194,10 +199,14 @@ class TrainingLog:
         """
         if self._values.empty:
             return None
-        means, skipped = self._values.read()
-        for skip in skipped:
-            self.skips_in_a_row = self.skips_in_a_row + 1 if skip else 0
-        skipped_steps = sum(skipped)
+        read = self._values.read()
+        means = read.means
+        for updates in read.skipped:
+            self.skips_in_a_row = self.skips_in_a_row + 1 if updates else 0
+        skipped_steps = sum(map(bool, read.skipped))
+        skips = Counter(name for updates in read.skipped for name in updates)
+        if skips:
+            self.trouble = _trouble(skips, read.not_finite)
         clock = time.perf_counter()
         seconds = clock - self._clock
         speed = (self._last.seen_images - self._interval_start.seen_images) / seconds
@@ -212,11 +221,14 @@ class TrainingLog:
                 "peak_memory_gib": round(memory_gib, 3),
                 "skipped_steps": skipped_steps,
             }
+            values |= {SKIPPED_PREFIX + name: count for name, count in skips.items()}
             self._append("train", self._last, values)
             for tracker in self._trackers:
                 tracker.scalars("train", values, self._last.seen_images)
         if self._display is not None:
             self._display.interval(self._last, means, speed, memory_gib, self._skipped_steps)
+            if skipped_steps:
+                self._display.print(f"step {self._last.step}: {skipped_steps} steps skipped, {self.trouble}")
         return means
 
     def _append(self, kind: str, now: Position, values: Mapping[str, Any]) -> None:
@@ -228,39 +240,56 @@ class TrainingLog:
             raise OSError(f"could not write {self._path}: {reason(error)}") from None
 
 
+class _Read(NamedTuple):
+    """What the steps of an interval say."""
+
+    means: dict[str, float]
+    """Of each loss over the steps without a skipped update that have it, or else over those that have it."""
+    skipped: list[list[str]]
+    """The updates of each step that were skipped."""
+    not_finite: list[str]
+    """The losses that were not finite in a step with a skipped update."""
+
+
 class _DeviceValues:
     """Named scalars of some steps, on their device until `read`."""
 
     def __init__(self) -> None:
-        self._names: list[list[str]] = []
+        self._names: list[tuple[list[str], list[str]]] = []
         self._rows: list[Tensor] = []
 
     @property
     def empty(self) -> bool:
         return not self._rows
 
-    def add(self, losses: Mapping[str, Tensor], skipped: Tensor | None) -> None:
-        named = dict(losses) if skipped is None else {**losses, _SKIPPED: skipped}
-        self._names.append(list(named))
+    def add(self, losses: Mapping[str, Tensor], skipped: Mapping[str, Tensor]) -> None:
+        self._names.append((list(losses), list(skipped)))
         # A copy: memory of a captured step is overwritten by the next one.
-        self._rows.append(torch.stack([value.detach().float() for value in named.values()]))
+        self._rows.append(torch.stack([v.detach().float() for v in (*losses.values(), *skipped.values())]))
 
-    def read(self) -> tuple[dict[str, float], list[bool]]:
-        """The means over the steps that were not skipped, and which were, in order; then empty."""
+    def read(self) -> _Read:
+        """Everything since the last time; then empty. The one wait for the device."""
         table = torch.cat(self._rows)
         mean_over_ranks(table)
-        values = iter(table.tolist())  # the one wait for the device
-        steps = [{name: next(values) for name in names} for names in self._names]
+        values = iter(table.tolist())
+        good: dict[str, list[float]] = {}
+        bad: dict[str, list[float]] = {}
+        skipped: list[list[str]] = []
+        for of_losses, of_updates in self._names:
+            losses = {name: next(values) for name in of_losses}
+            skipped.append([name for name in of_updates if next(values) != 0])
+            for name, value in losses.items():
+                (bad if skipped[-1] else good).setdefault(name, []).append(value)
         self._names, self._rows = [], []
-        counted: dict[str, list[float]] = {}
-        skipped = [step.pop(_SKIPPED, 0.0) != 0 for step in steps]
-        for step, skip in zip(steps, skipped, strict=True):
-            for name, value in step.items():
-                found = counted.setdefault(name, [])
-                if not skip:
-                    found.append(value)
-        means = {name: sum(found) / len(found) if found else math.nan for name, found in counted.items()}
-        return means, skipped
+        means = {name: sum(found) / len(found) for name, found in {**bad, **good}.items()}
+        not_finite = [name for name, found in bad.items() if not all(map(math.isfinite, found))]
+        return _Read(means, skipped, not_finite)
+
+
+def _trouble(updates: Iterable[str], not_finite: Sequence[str]) -> str:
+    """Which updates had gradients that were refused, and which losses were broken."""
+    losses = f"; not finite: {', '.join(not_finite)}" if not_finite else ""
+    return f"as the gradients of {', '.join(updates)} were not finite or exploded{losses}"
 
 
 class _Display:
@@ -310,15 +339,15 @@ class _Display:
         left_s = max(self._total_images - now.seen_images, 0) / max(speed, 1e-9)
         eta = f"ETA {timedelta(seconds=round(left_s))}"
         head = [state[0], f"{self._images(now)} images", images_per_second, eta, *state[1:]]
-        self._print("  ".join([*head, _listed(means)]))
+        self.print("  ".join([*head, _listed(means)]))
 
     def evaluation(self, now: Position, quality: Mapping[str, float]) -> None:
-        self._print(f"step {now.step}  evaluation: {_listed(quality)}")
+        self.print(f"step {now.step}  evaluation: {_listed(quality)}")
 
     def _images(self, now: Position) -> str:
         return f"{short_count(now.seen_images)}/{short_count(self._total_images)}"
 
-    def _print(self, line: str) -> None:
+    def print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

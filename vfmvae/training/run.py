@@ -62,9 +62,11 @@ def carry_out(run: Run) -> None:
     Ctrl-C or SIGTERM ends the step, saves a checkpoint and exits with 130 or 0.
     """
     try:
-        with lost_processes(), worker_deaths():
+        # From here on: reading a checkpoint and the first evaluation take minutes at full size.
+        stopping = StopRequest(lambda: run.say("stopping after this step"), patient=world_size() > 1)
+        with stopping as stop, lost_processes(), worker_deaths():
             run.begin()
-            stopped_by = run.go()
+            stopped_by = run.go(stop)
     except BaseException:
         with suppress(OSError):  # what went wrong first is the cause
             run.checkpoints.close()
@@ -99,6 +101,7 @@ class Run(ABC, Generic[J, E]):
         self.console = console
         self.checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
         self.rollbacks_since_save = 0
+        self.trackers: Sequence[Tracker] = ()
         listed = folder.quarantine if rank() == 0 else None
         self.quarantine = Quarantine(listed, job.images, config.max_broken)
 
@@ -115,6 +118,9 @@ class Run(ABC, Generic[J, E]):
         job = self.job
         self.compare_data()
         if rank() == 0:
+            # First, as a login may be missing: the folder is not taken then.
+            seen = self.position.seen_images
+            self.trackers = open_trackers(self.config.log, self.folder.path, seen, asdict(self.config))
             self.folder.begin(to_json(self.config), job.state.step, self.position.seen_images)
         barrier()
         self.announce()
@@ -151,13 +157,9 @@ class Run(ABC, Generic[J, E]):
         self.checkpoints.load(stored, self.job.state)
         return True
 
-    def go(self) -> int | None:
+    def go(self, stop: StopRequest) -> int | None:
         """Train to the end, or until a signal, whose number is returned."""
         job, config, begun_at = self.job, self.config, self.job.state.step
-        trackers: Sequence[Tracker] = ()
-        if rank() == 0:
-            seen = self.position.seen_images
-            trackers = open_trackers(config.log, self.folder.path, seen, asdict(config))
         log = TrainingLog(
             self.folder.metrics,
             self.console,
@@ -165,16 +167,15 @@ class Run(ABC, Generic[J, E]):
             job.steps * config.batch_size,
             config.log_every,
             job.device,
-            trackers,
+            self.trackers,
             main=rank() == 0,
         )
-        patient = world_size() > 1
-        with log, StopRequest(lambda: self.say("stopping after this step"), patient) as stop:
+        with log:
             if begun_at == 0:
                 log.evaluation(self.position, job.state.numbers["initial"])
             log.skips_in_a_row = job.skips_in_a_row()
             while not self.advance(log, stop):
-                self.roll_back()
+                self.roll_back(log.trouble)
                 log.rewind(self.position, job.skips_in_a_row())
             finished = job.state.step == job.steps
             if finished:
@@ -205,7 +206,7 @@ class Run(ABC, Generic[J, E]):
                 log.enter_stage(job.stage_name)
                 result = self.step(batch)
                 job.state.step += 1
-                means = log.step(self.position, result.losses, rates, result.skipped)
+                means = log.step(self.position, result.losses, rates, result.skips)
                 if means is not None:
                     self.watch(means)
                 if means is not None and log.skips_in_a_row >= config.safety.max_skips:
@@ -274,16 +275,15 @@ class Run(ABC, Generic[J, E]):
         step = self.job.state.step
         return bool(every) and step * batch // every > (step - 1) * batch // every and step < self.job.steps
 
-    def roll_back(self) -> None:
-        """Return to the last checkpoint, with other random draws, or give up."""
+    def roll_back(self, trouble: str) -> None:
+        """Return to the last checkpoint, with other random draws, or give up. `trouble`: what went wrong."""
         job, config = self.job, self.config
         step, rollbacks = job.state.step, job.state.numbers.get("rollbacks", 0)
-        trouble = f"{config.safety.max_skips} steps in a row up to step {step} were skipped"
-        remedy = "lower the learning rate, or use --dtype fp32"
+        trouble = f"{config.safety.max_skips} steps in a row up to step {step} were skipped, {trouble}"
+        exact = config.dtype == "fp32" or (config.dtype == "auto" and job.device.type != "cuda")
+        remedy = "lower its learning rate" if exact else "lower its learning rate, or use --dtype fp32"
         if self.rollbacks_since_save == config.safety.max_rollbacks or not self.restore():
-            raise FloatingPointError(
-                f"{trouble}, because their gradients were not finite or exploded; {remedy}"
-            )
+            raise FloatingPointError(f"{trouble}; {remedy}")
         self.rollbacks_since_save += 1
         job.state.numbers["rollbacks"] = rollbacks + 1
         self.say(f"warning: {trouble}; going back to the checkpoint of step {job.state.step}")

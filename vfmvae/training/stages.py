@@ -253,8 +253,9 @@ class StagePlan(Generic[S]):
         if planned != stage:
             names = [self._stages[number].name for number in (stage, planned)]
             raise ValueError(
-                f"step {step} of the run lies in stage {names[0]!r}; with --steps {self.steps} it would"
-                f" lie in {names[1]!r}"
+                f"step {step} of the run lies in stage {names[0]!r}; by stages of"
+                f" {', '.join(map(str, self.lengths))} steps it would lie in {names[1]!r}. --steps is shared"
+                f" among all stages: to lengthen one, give --stages.N.images (the first is 0)"
             )
 
     def progress(self, place: Place) -> float:
