@@ -241,11 +241,12 @@ def test_a_resumed_run_cannot_gain_or_lose_a_discriminator() -> None:
 
 
 def test_groups_of_another_size_than_the_whole_batchs_are_a_warning() -> None:
-    def warnings(parts: int, adversarial: float = 1.0) -> list[str]:
+    def warnings(parts: int, adversarial: float = 1.0, images: int = 32) -> list[str]:
         stages = (replace(demo().stages[0], losses=LossWeights(adversarial=adversarial)),)
         engine = EngineConfig(accumulate=parts)
-        return replace(demo(), batch_size=32, stages=stages, engine=engine).warnings()
+        return replace(demo(), batch_size=images, stages=stages, engine=engine).warnings()
 
     assert warnings(1) == warnings(2) == warnings(4) == warnings(8, adversarial=0.0) == []
+    assert warnings(2, images=12) == [], "the whole batch has groups of 6 too"
     (warning,) = warnings(8)
     assert "over groups of 4 images, as 4 are computed at once, and not over 8" in warning

@@ -271,7 +271,7 @@ def test_images_that_cannot_be_read_are_left_out_and_said(
     )
     assert encode(tiny, tmp_path / "out", "--max-broken", "0.6") == 0
     assert "0 images encoded" in (printed := capsys.readouterr().out)
-    assert "5 of the data set's images are left out, see quarantine.jsonl" in printed
+    assert f"5 of the data set's images are left out, see {tmp_path / 'out'}/quarantine*.jsonl" in printed
     assert encode(tiny, tmp_path / "out", "--max-broken", "0.5") == 1
     assert "6 of 10 images cannot be used, and max_broken 0.5 allows 5" in capsys.readouterr().err
     found, whole = (Latents(tmp_path / name, "validation").read(0, 10) for name in ("out", "whole"))

@@ -357,6 +357,15 @@ def test_a_tracker_that_does_not_open_leaves_the_folder_free(tmp_path: Path) -> 
     RunFolder(tmp_path).check_new()
 
 
+def test_trackers_are_closed_where_a_run_fails_before_its_first_step(tmp_path: Path) -> None:
+    tracker = mock.Mock()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
+        patch.setattr("vfmvae.training.run.open_trackers", lambda *arguments: [tracker])
+        patch.setattr(TokenizerRun, "measure", mock.Mock(side_effect=RuntimeError("no memory")))
+        run(cheap(steps=1), tmp_path)
+    assert tracker.mock_calls == [mock.call.close(failed=True)]
+
+
 def test_a_run_in_half_precision_goes_on_in_single(tmp_path: Path) -> None:
     # As the error after too many skipped steps advises: the scale of fp16 must not come along.
     run(cheap(dtype="fp16", steps=1), tmp_path)

@@ -136,12 +136,16 @@ class TrainConfig(RunConfig):
         at_once = self.images_at_once(processes)
         if not adversarial or at_once == self.batch_size:
             return []
-        group, published = at_once // group_count(at_once), min(GROUP_SIZE, self.batch_size)
-        if group == published:
+        group = at_once // group_count(at_once)
+        try:
+            whole = self.batch_size // group_count(self.batch_size)
+        except ValueError:  # of a whole batch there would be no equal groups
+            whole = GROUP_SIZE
+        if group == whole:
             return []
         return [
             f"discriminators normalise over groups of {group} images, as {at_once} are computed at once, and"
-            f" not over {published}: adversarial losses differ from those of the whole batch"
+            f" not over {whole}: adversarial losses differ from those of the whole batch"
         ]
 
     def plan(self) -> StagePlan[StageConfig]:

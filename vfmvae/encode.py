@@ -333,7 +333,11 @@ def report(
         return
     shape = " x ".join(map(str, manifest.latent_shape))
     lacking = manifest.settings.images - len(manifest)
-    lack = f"; {lacking} of the data set's images are left out, see {QUARANTINE}" if lacking else ""
+    lack = (
+        f"; {lacking} of the data set's images are left out, see {folder}/quarantine*.jsonl"
+        if lacking
+        else ""
+    )
     what = f"{len(manifest)} latents of {shape}, shards: {len(manifest.shards)}"
     say(console, f"{done}; complete: {what}{lack}")
 

@@ -140,8 +140,9 @@ def main() -> None:
     batch_size = options.model.batch_size
     with memory_errors(), progress(console, "evaluating", len(source)) as bar:
         means, measured = evaluate(tokenizer, source, (distance, network), batch_size, bar, quarantine)
-    for key, reason in quarantine.found:
-        say(console, f"warning: {key} is left out: {reason}")
+    for fault in quarantine.found:
+        left_out = " is left out" if fault.counts else ""
+        say(console, f"warning: {fault.key}{left_out}: {fault.reason}")
 
     table = Table("", "mean", title=f"{measured} images at {resolution} px", title_justify="left")
     for measure, value in means.items():
@@ -151,7 +152,7 @@ def main() -> None:
         # Equal images have an infinite PSNR, which JSON has no word for.
         **{measure: value if math.isfinite(value) else None for measure, value in means.items()},
         "images": measured,
-        "left_out": sorted({fault.key for fault in quarantine.found}),
+        "left_out": sorted({fault.key for fault in quarantine.found if fault.counts}),
         "data": options.data or "embedded photographs",
         "part": options.part,
         "resolution": resolution,

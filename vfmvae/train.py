@@ -128,7 +128,7 @@ class TokenizerRun(Run[Job, Evaluation]):
         )
         dtype = str(job.tokenizer.dtype).removeprefix("torch.")
         how = [dtype if dtype == "float32" else f"{dtype} beside float32 parameters"]
-        how += ["fused operations" if config.fused else "reference operations"]
+        how += ["fused operations" if config.fused else "reference operations (--fused for faster ones)"]
         how += [f"engine.accumulate {engine.accumulate}"] if engine.accumulate > 1 else []
         how += ["engine.recompute"] if engine.recompute else []
         how += [f"engine.compile {engine.compile}"] if engine.compile != "off" else []

@@ -94,7 +94,7 @@ class DiffusionRun(Run[DiffusionJob, DiffusionEvaluation]):
         )
         dtype = str(job.transformer.dtype).removeprefix("torch.")
         how = [dtype if dtype == "float32" else f"{dtype} beside float32 parameters"]
-        how += ["fused operations" if config.fused else "reference operations"]
+        how += ["fused operations" if config.fused else "reference operations (--fused for faster ones)"]
         how += [f"engine.accumulate {engine.accumulate}"] if engine.accumulate > 1 else []
         how += ["engine.recompute"] if engine.recompute else []
         how += [f"engine.compile {engine.compile}"] if engine.compile != "off" else []

@@ -110,13 +110,13 @@ def test_colour_of_sixteen_bits(kind: int, channels: int) -> None:
     shown = np.asarray(decode(sixteen_bit_png(kind, values), "a"))
     colours = values[..., :3] if channels > 2 else values[..., :1].repeat(3, axis=2)
     assert np.array_equal(shown, colours >> 8)
+    values[..., : 3 if channels > 2 else 1] &= 255
     with pytest.raises(SampleError, match="no value above 255 of 65535"):
-        if channels == 3:
-            values[..., 1] = 255
-            values &= 255
-        else:
-            values[..., : channels - 1] &= 255
         decode(sixteen_bit_png(kind, values), "a")
+    if channels != 3:  # a drawing in black on nothing, which lies over white
+        values[0, :, -1] = 0
+        shown = np.asarray(decode(sixteen_bit_png(kind, values), "a"))
+        assert (shown[0] == 255).all() and (shown[1:] == 0).all()
 
 
 def test_damaged_exif_costs_no_sound_photograph() -> None:

@@ -346,12 +346,25 @@ def test_parquet_files_of_other_columns_are_named(tmp_path: Path) -> None:
         open_dataset(str(tmp_path), "train")
 
 
+def test_damage_is_found_beside_columns_that_differ_a_little(tmp_path: Path) -> None:
+    for number, kind in enumerate((pa.int64(), pa.int32(), pa.int64())):
+        table = pa.table({"jpg": [jpeg(number)] * 50, "cls": pa.array([number] * 50, kind)})
+        pq.write_table(table, tmp_path / f"train-{number}.parquet")
+    assert len(open_dataset(str(tmp_path), "all")) == 150
+    damaged = tmp_path / "train-2.parquet"
+    data = bytearray(damaged.read_bytes())
+    data[4 : len(data) // 2] = bytes(len(data) // 2 - 4)
+    damaged.write_bytes(data)
+    samples = open_dataset(str(tmp_path), "all")
+    assert len(samples) == 100 and [fault.key for fault in samples.faults()] == ["train-2.parquet"]
+
+
 def test_splits_without_rows_are_told_and_left_out(tmp_path: Path) -> None:
     filled, empty = rows(range(4)), rows(range(0))
     datasets.DatasetDict({"train": filled, "test": empty}).save_to_disk(tmp_path / "some")
     samples = open_dataset(str(tmp_path / "some"), "all")
     assert contents(samples) == expected("train", range(4))
-    assert samples.faults() == [Fault("test", "holds no rows")]
+    assert samples.faults() == [Fault("test", "holds no rows", False)]
     datasets.DatasetDict({"train": empty}).save_to_disk(tmp_path / "none")
     empty.save_to_disk(tmp_path / "alone")
     for name in ("none", "alone"):
@@ -368,7 +381,7 @@ def test_a_column_of_words_called_label_is_told(tmp_path: Path) -> None:
     samples = open_dataset(str(tmp_path), "all")
     assert samples.classes == ("",)
     assert samples.faults() == [
-        Fault("train", "column label is string and gives no labels; cast it to ClassLabel")
+        Fault("train", "column label is string and gives no labels: they are integers", False)
     ]
 
 

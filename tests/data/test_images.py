@@ -188,10 +188,10 @@ def test_class_folders_without_images_and_unread_kinds_are_told(tmp_path: Path) 
     for part in ("train", "validation"):
         samples = open_samples(str(tmp_path), part)
         assert samples.classes == ("b", "d") and samples.faults() == [
-            Fault("train/a/", "a folder without images, of which no class is made"),
-            Fault("train/c/", "a folder without images, of which no class is made"),
-            Fault("*.gif", "2 of a kind that is not read, the first train/b/0.GIF"),
-            Fault("*.heic", "1 of a kind that is not read, the first val/b/2.heic"),
+            Fault("train/a/", "a folder without images, of which no class is made", False),
+            Fault("train/c/", "a folder without images, of which no class is made", False),
+            Fault("*.gif", "2 of a kind that is not read, the first train/b/0.GIF", False),
+            Fault("*.heic", "1 of a kind that is not read, the first val/b/2.heic", False),
         ]
 
 

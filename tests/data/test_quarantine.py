@@ -23,7 +23,7 @@ def test_each_is_listed_once(tmp_path: Path) -> None:
     assert quarantine.add([]) == [] and not path.exists()
     assert quarantine.add([A, B, A]) == [A, B]
     assert quarantine.add([B, C]) == [C]
-    assert listed(path) == [fault._asdict() for fault in (A, B, C)]
+    assert listed(path) == [{"key": fault.key, "reason": fault.reason} for fault in (A, B, C)]
 
 
 def test_a_restart_appends_and_counts_anew(tmp_path: Path) -> None:
@@ -60,3 +60,14 @@ def test_the_sentence_names_the_first_and_the_list(tmp_path: Path) -> None:
         match=r"a\.jpg \(truncated\), .*, c \(no label\) and 2 more; the whole list is .*list\.jsonl",
     ):
         quarantine.check()
+
+
+def test_what_costs_no_image_is_listed_and_does_not_count(tmp_path: Path) -> None:
+    note = Fault("logs/", "a folder without images", False)
+    quarantine = Quarantine(tmp_path / "q.jsonl", 10, 0.0)
+    assert quarantine.add([note]) == [note]
+    quarantine.check()
+    assert listed(tmp_path / "q.jsonl") == [{"key": note.key, "reason": note.reason}]
+    assert Quarantine(tmp_path / "q.jsonl", 10, 0.0).add([note]) == [note], "said by every run, listed once"
+    Quarantine(tmp_path / "q.jsonl", 10, 0.0).add([note])
+    assert len(listed(tmp_path / "q.jsonl")) == 1

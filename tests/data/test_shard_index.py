@@ -78,7 +78,7 @@ def test_labels_that_are_missing_negative_or_no_integers(tmp_path: Path) -> None
     assert [samples.label(n) for n in range(9)] == [2] + 8 * [NO_LABEL]
     assert samples.classes == ("0", "1", "2")
     assert samples.faults() == [
-        Fault("a.tar", "4 samples, the first d, are with a label that is no integer up to 999999")
+        Fault("a.tar", "4 samples, the first d, are with a label that is no integer up to 999999", False)
     ]
 
 

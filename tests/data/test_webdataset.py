@@ -82,7 +82,9 @@ def test_a_file_names_the_classes(tmp_path: Path, place: str) -> None:
     (tmp_path / place).write_text("tench\n")
     samples = open_shards(str(tmp_path), "all")
     assert samples.classes == ("0", "1")
-    assert samples.faults() == [Fault(place.rpartition("/")[2], "is not used: it has no line for label 1")]
+    assert samples.faults() == [
+        Fault(place.rpartition("/")[2], "is not used: it has no line for label 1", False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -311,7 +313,7 @@ def test_a_large_set_is_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             stamp=np.array([FORMAT, size, file.stat().st_mtime_ns]),
             numbers=np.stack([index, index, index % 1000, 6 * (index + 1)]),
             names=np.frombuffer(text, np.uint8),
-            faults=np.frombuffer(b"[]", np.uint8),
+            faults=np.frombuffer(b"[[], []]", np.uint8),
         )
     monkeypatch.setattr(webdataset, "build_index", lambda path: pytest.fail("the indexes are there"))
     everything, train, validation = (open_shards(str(tmp_path), p) for p in ("all", "train", "validation"))

@@ -211,6 +211,7 @@ def _build(resolution: int, batch_size: int, device: torch.device) -> Any:
             normalized_anchor=False,
             normalized_shape=False,
             output_type=types.RGB,
+            adjust_orientation=False,  # only upright images come here, by Pillow's reading of their EXIF
             **options,
         )
         return fn.resize(

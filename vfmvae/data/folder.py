@@ -8,8 +8,8 @@
 Without such a folder about a twentieth of the files is held out, chosen by a hash of each file's relative
 name: the choice is the same on every machine and stays when files are added.
 
-A class folder without images, and pictures of kinds that are not read, are told as faults: the first would
-have been a class, and moves the numbers of those after it.
+A class folder without images, and pictures of kinds that are not read, are told by `faults`: the first would
+have been a class, and moves the numbers of those after it. Neither counts as a broken image.
 """
 
 from __future__ import annotations
@@ -108,18 +108,18 @@ def _empty_classes(root: Path, names: list[str], folders: list[str], classes: tu
     """Folders that lie where classes do, and have no image in either split."""
     if classes == ("",):
         return []
-    bases = _bases(root, names)
+    bases, known = _bases(root, names), set(classes)
     found = []
     for folder in sorted(folders):
         parent, slash, name = folder.rpartition("/")
-        if parent + slash in bases and f"{folder}/" not in bases and name not in classes:
-            found.append(Fault(f"{folder}/", "a folder without images, of which no class is made"))
+        if parent + slash in bases and f"{folder}/" not in bases and name not in known:
+            found.append(Fault(f"{folder}/", "a folder without images, of which no class is made", False))
     return found
 
 
 def _unread(found: _Listing) -> list[Fault]:
     return [
-        Fault(f"*{extension}", f"{count} of a kind that is not read, the first {first}")
+        Fault(f"*{extension}", f"{count} of a kind that is not read, the first {first}", False)
         for extension, (count, first) in sorted(found.unread.items())
     ]
 

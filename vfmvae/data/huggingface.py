@@ -215,7 +215,7 @@ def _unread_label(split: str, rows: Dataset) -> list[Fault]:
     if _label_column(rows.features) is not None or not named:
         return []
     kind = _type(rows.features[named[0]])
-    return [Fault(split, f"column {named[0]} is {kind} and gives no labels; cast it to ClassLabel")]
+    return [Fault(split, f"column {named[0]} is {kind} and gives no labels: they are integers", False)]
 
 
 def _labels(where: str, split: str, rows: Dataset, column: str) -> np.ndarray:

@@ -48,7 +48,7 @@ def load_saved(where: str) -> tuple[dict[str, Dataset], list[Fault]]:
     for name in names:
         folder = os.path.join(where, name)
         if is_saved(folder) and not _holds_rows(folder):
-            faults.append(Fault(name, "holds no rows"))
+            faults.append(Fault(name, "holds no rows", False))
             continue
         with readable(where):
             splits[str(name)] = datasets.Dataset.load_from_disk(folder)
@@ -83,8 +83,11 @@ def load_parquet(where: str) -> tuple[dict[str, Dataset], list[Fault]]:
                 with readable(where):
                     splits[split] = load([os.path.abspath(root / name) for name in good])
             except ValueError as error:
-                _check_columns(root, good, error)
-                good = [name for name in good if _is_whole(root, name, faults)]
+                whole = [name for name in good if _is_whole(root, name, faults)]
+                if whole == good:
+                    _check_columns(root, good, error)
+                    raise
+                good = whole
                 if good:
                     with readable(where):
                         splits[split] = load([os.path.abspath(root / name) for name in good])
@@ -99,7 +102,7 @@ def _has_rows(root: Path, name: str, faults: list[Fault]) -> bool:
     try:
         if pq.read_metadata(root / name).num_rows:
             return True
-        faults.append(Fault(name, "holds no rows"))
+        faults.append(Fault(name, "holds no rows", False))
     except (OSError, ValueError) as error:
         faults.append(Fault(name, f"cannot be read: {_first_line(error)}"))
     return False
@@ -124,16 +127,15 @@ def _check_columns(root: Path, names: list[str], error: ValueError) -> None:
     """ValueError that names the first file whose columns are not those of the first."""
     import pyarrow.parquet as pq
 
-    first = pq.read_schema(root / names[0])
-    for name in names[1:]:
-        schema = pq.read_schema(root / name)
-        other = [field for field in schema if field not in first]
-        missing = [field for field in first if field not in schema]
+    columns = {name: [(f.name, f.type) for f in pq.read_schema(root / name)] for name in names}
+    first = columns[names[0]]
+    for name, own in columns.items():
+        other = [column for column in own if column not in first]
+        missing = [column for column in first if column not in own]
         if other or missing:
-            differences = [f"{field.name} is {field.type}" for field in other]
-            differences += [
-                f"there is no {field.name}" for field in missing if field.name not in schema.names
-            ]
+            differences = [f"{column} is {kind}" for column, kind in other]
+            there = [column for column, _ in own]
+            differences += [f"there is no {column}" for column, _ in missing if column not in there]
             raise ValueError(
                 f"{error}; the columns of {root / name} differ from those of {names[0]}:"
                 f" {', '.join(differences)}"

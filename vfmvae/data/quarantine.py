@@ -42,25 +42,27 @@ class Quarantine:
         """Note faults; returns those that are new to this process. OSError if the list cannot be written."""
         new = [fault for fault in dict.fromkeys(faults) if fault not in self.found]
         self.found |= dict.fromkeys(new)
-        unwritten = [fault for fault in new if fault not in self._written]
+        unwritten = [fault for fault in new if fault[:2] not in self._written]
         if self.path is not None and unwritten:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(fault._asdict()) + "\n" for fault in unwritten)
+                lines = [{"key": fault.key, "reason": fault.reason} for fault in unwritten]
+                file.writelines(json.dumps(line) + "\n" for line in lines)
                 file.flush()
                 os.fsync(file.fileno())
-            self._written |= set(unwritten)
+            self._written |= {fault[:2] for fault in unwritten}
         return new
 
     def check(self) -> None:
         """ValueError if more samples are broken than may be."""
         limit = int(self.images * self.most)
-        broken = self._lost + len({fault.key for fault in self.found})
+        found = [fault for fault in self.found if fault.counts]
+        broken = self._lost + len({fault.key for fault in found})
         if broken <= limit:
             return
-        first = [f"{key} ({reason})" for key, reason in list(self.found)[:SHOWN]]
+        first = [f"{fault.key} ({fault.reason})" for fault in found[:SHOWN]]
         first += [f"{self._lost} left out before"] if self._lost else []
-        more = f" and {len(self.found) - SHOWN} more" if len(self.found) > SHOWN else ""
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         where = f"; the whole list is {self.path}" if self.path is not None else ""
         raise ValueError(
             f"{broken} of {self.images:,} images cannot be used, and max_broken {self.most:g} allows"
@@ -68,13 +70,13 @@ class Quarantine:
         )
 
 
-def _listed(path: Path) -> set[Fault]:
-    """What a list holds; a line that a kill has cut short is left out."""
-    faults = set()
+def _listed(path: Path) -> set[tuple[str, str]]:
+    """The keys and reasons that a list holds; a line that a kill has cut short is left out."""
+    listed = set()
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                faults.add(Fault(**json.loads(line)))
+                listed.add(Fault(**json.loads(line))[:2])
             except (json.JSONDecodeError, TypeError):
                 continue
-    return faults
+    return listed

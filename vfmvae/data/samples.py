@@ -19,10 +19,14 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff")
 
 
 class Fault(NamedTuple):
-    """A sample that cannot be used, and why, in a few words."""
+    """A sample that cannot be used, or something else about a data set that its owner should know, and why,
+    in a few words.
+    """
 
     key: str
     reason: str
+    counts: bool = True
+    """Whether it costs samples, of which only so many may be broken."""
 
 
 class SampleError(ValueError):
@@ -32,8 +36,8 @@ class SampleError(ValueError):
         super().__init__(f"cannot read image {key}: {reason}; repair or remove it")
         self.fault = Fault(key, reason)
 
-    def __reduce__(self) -> tuple[type[SampleError], Fault]:
-        return SampleError, self.fault
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
+        return SampleError, self.fault[:2]
 
 
 class Samples(Protocol):

@@ -47,6 +47,7 @@ class ShardIndex(NamedTuple):
     label: np.ndarray  # int64 [N], NO_LABEL where there is none
     names: PackedStrings  # [N]
     faults: tuple[str, ...]
+    notes: tuple[str, ...]  # what costs no image
     bytes: int
     mtime_ns: int
 
@@ -87,7 +88,7 @@ def store_index(shard: Path, index: ShardIndex) -> None:
     """
     numbers = np.stack([index.offset, index.size, index.label, index.names.ends])
     stamp = np.array([FORMAT, index.bytes, index.mtime_ns], np.int64)
-    faults = np.frombuffer(json.dumps(index.faults).encode(), np.uint8)
+    faults = np.frombuffer(json.dumps([index.faults, index.notes]).encode(), np.uint8)
 
     def write(path: Path) -> None:
         with open(path, "wb") as file:
@@ -115,10 +116,10 @@ def _read_index(path: Path) -> ShardIndex | None:
                 return None
             offset, sizes, label, ends = stored["numbers"]
             names = PackedStrings.split(stored["names"], ends)
-            faults = tuple(json.loads(stored["faults"].tobytes()))
+            faults, notes = map(tuple, json.loads(stored["faults"].tobytes()))
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         return None
-    return ShardIndex(offset, sizes, label, names, faults, size, mtime_ns)
+    return ShardIndex(offset, sizes, label, names, faults, notes, size, mtime_ns)
 
 
 def build_index(shard: Path) -> ShardIndex:
@@ -127,6 +128,7 @@ def build_index(shard: Path) -> ShardIndex:
     OSError where the file cannot be opened or read.
     """
     faults: list[str] = []
+    notes: list[str] = []
     with open(shard, "rb") as file:
         status = os.fstat(file.fileno())
         samples, twice = _group(_members(file, status.st_size, faults.append))
@@ -147,13 +149,14 @@ def build_index(shard: Path) -> ShardIndex:
     if twice:
         faults.append(f"{_count(twice)} there twice; the first is used")
     if unreadable:
-        faults.append(f"{_count(unreadable)} with a label that is no integer up to {LARGEST_LABEL}")
+        notes.append(f"{_count(unreadable)} with a label that is no integer up to {LARGEST_LABEL}")
     return ShardIndex(
         np.array([member.offset for member in found.values()], np.int64),
         np.array([member.size for member in found.values()], np.int64),
         np.array(labels, np.int64),
         PackedStrings.pack(found),
         tuple(faults),
+        tuple(notes),
         status.st_size,
         status.st_mtime_ns,
     )
@@ -281,4 +284,6 @@ def _is_header(block: bytes) -> bool:
 def unreadable_shard(error: OSError) -> ShardIndex:
     """What stands for a shard that cannot be opened."""
     none = np.zeros(0, np.int64)
-    return ShardIndex(none, none, none, PackedStrings.pack([]), (f"cannot be read: {reason(error)}",), 0, 0)
+    return ShardIndex(
+        none, none, none, PackedStrings.pack([]), (f"cannot be read: {reason(error)}",), (), 0, 0
+    )

@@ -98,10 +98,11 @@ def orientation(image: Image.Image) -> int:
 
 
 def _check_not_black(image: Image.Image) -> None:
-    colours = image.getchannel("L") if image.mode == "LA" else image.convert("RGB")
-    extrema = np.array(colours.getextrema())
-    if extrema.max() == 0:
-        raise ValueError("no value above 255 of 65535, so it would be black: store these 8 bits as 8 bits")
+    """Of a drawing in black, only the opacity differs."""
+    bands = dict(zip(image.getbands(), np.array(image.getextrema()).reshape(-1, 2).tolist(), strict=True))
+    lowest, _ = bands.pop("A", (255, 255))
+    if lowest == 255 and all(most == 0 for _, most in bands.values()):
+        raise ValueError("no value above 255 of 65535: it is black, or holds 8 bits, to be stored as 8 bits")
 
 
 def _sixteen_bit_as_rgb(image: Image.Image) -> Image.Image:

@@ -56,7 +56,9 @@ class ShardSamples:
         self._size = np.concatenate([none, *(index.size for index in indexes)])
         self._label = np.concatenate([none, *(index.label for index in indexes)])
         self._names = PackedStrings.concatenate([index.names for index in indexes])
-        self._faults = [Fault(s, f) for s, i in zip(shards, indexes, strict=True) for f in i.faults]
+        told = list(zip(shards, indexes, strict=True))
+        self._faults = [Fault(shard, fault) for shard, index in told for fault in index.faults]
+        self._faults += [Fault(shard, note, False) for shard, index in told for note in index.notes]
         self._files = _OpenFiles()
 
     def __len__(self) -> int:
@@ -187,7 +189,7 @@ def class_names(largest: int, folders: Sequence[Path]) -> tuple[tuple[str, ...],
     names = tuple(line.strip() for line in file.read_text("utf-8", "replace").rstrip().splitlines())
     if len(names) > largest:
         return names, []
-    return numbers, [Fault(file.name, f"is not used: it has no line for label {largest}")]
+    return numbers, [Fault(file.name, f"is not used: it has no line for label {largest}", False)]
 
 
 def _build(file: Path) -> ShardIndex:

@@ -64,7 +64,7 @@ def upsample_blur_reference(
 
 
 def _replicate(y: Tensor, margin: int) -> Tensor:
-    if not torch.compiler.is_compiling():
+    if y.is_cuda or not torch.compiler.is_compiling():
         return F.pad(y, (margin, margin, margin, margin), mode="replicate")
     # torch 2.14 does not compile the padding's gradient on a CPU: it expects strides that it does not get.
     for dim in (2, 3):

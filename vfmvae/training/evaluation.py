@@ -62,7 +62,7 @@ def evaluate(
             measured[name].append(lpips(*pair, network))
     tokenizer.train()
     if not originals:
-        key, reason = faults[0]
-        raise ValueError(f"none of the first held-out images can be read; {key}: {reason}")
+        first = faults[0]
+        raise ValueError(f"none of the first held-out images can be read; {first.key}: {first.reason}")
     quality = {name: torch.cat(values).double().mean().item() for name, values in measured.items()}
     return Evaluation(torch.cat(originals).cpu(), torch.cat(reconstructions).cpu(), quality, faults)

@@ -63,13 +63,16 @@ def carry_out(run: Run) -> None:
     """
     try:
         # From here on: reading a checkpoint and the first evaluation take minutes at full size.
-        stopping = StopRequest(lambda: run.say("stopping after this step"), patient=world_size() > 1)
+        stopping = StopRequest(run.announce_stop, patient=world_size() > 1)
         with stopping as stop, lost_processes(), worker_deaths():
             run.begin()
             stopped_by = run.go(stop)
     except BaseException:
         with suppress(OSError):  # what went wrong first is the cause
             run.checkpoints.close()
+        if not run.going:
+            for tracker in run.trackers:
+                tracker.close(failed=True)
         raise
     run.checkpoints.close()
     if stopped_by is not None:
@@ -102,6 +105,9 @@ class Run(ABC, Generic[J, E]):
         self.checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
         self.rollbacks_since_save = 0
         self.trackers: Sequence[Tracker] = ()
+        """Closed by the log, once it has them."""
+        self.going = False
+        """Whether the log is open and steps may be done."""
         listed = folder.quarantine if rank() == 0 else None
         self.quarantine = Quarantine(listed, job.images, config.max_broken)
 
@@ -170,6 +176,7 @@ class Run(ABC, Generic[J, E]):
             self.trackers,
             main=rank() == 0,
         )
+        self.going = True
         with log:
             if begun_at == 0:
                 log.evaluation(self.position, job.state.numbers["initial"])
@@ -307,6 +314,10 @@ class Run(ABC, Generic[J, E]):
             if path is not None:
                 log.picture(self.position, path)
         return found
+
+    def announce_stop(self) -> None:
+        """What is said when a signal comes; the run stops where it can go on later."""
+        self.say("stopping after this step" if self.going else "stopping before the first step")
 
     def say(self, sentence: str) -> None:
         self.console.print(sentence, highlight=False, soft_wrap=True, markup=False)
