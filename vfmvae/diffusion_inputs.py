@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from vfmvae.data import (
@@ -33,7 +32,6 @@ from vfmvae.data.loader import load_latents
 from vfmvae.diffusion_config import DiffusionConfig
 from vfmvae.encoders import FrozenEncoder, build_encoder
 from vfmvae.images import to_unit
-from vfmvae.inference import progress
 from vfmvae.tokenizer import Posterior, Tokenizer
 from vfmvae.tokenizer.files import load_tokenizer, tokenizer_hash
 from vfmvae.training.diffusion_forward import DiffusionInputs
@@ -105,6 +103,10 @@ def check_classes(source: Source, classes: int) -> None:
 
 def verify_checksums(folder: Path) -> None:
     """Read every byte, with a bar; ValueError for a shard that is missing or damaged."""
+    from rich.console import Console  # a machine that only measures speed may not have it
+
+    from vfmvae.inference import progress
+
     manifest = read_manifest(folder)
     with progress(Console(quiet=rank() > 0), "checking", len(manifest.shards), "shards") as bar:
         check_shards(folder, manifest, advance=partial(bar.advance, bar.task_ids[0]))
