@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import struct
 import warnings
 from contextlib import closing
 from itertools import islice
@@ -54,6 +55,18 @@ def test_the_same_crop_is_the_same_picture(photographs: Path, resolution: int, c
         assert image.is_contiguous(memory_format=torch.channels_last)
         differences = (image.int() - pillow["image"].int()).abs().float().mean(dim=(1, 2, 3))
         assert differences.max() < LEVELS / 4, dict(zip(ours["key"], differences.tolist(), strict=True))
+
+
+def test_an_orientation_that_pillow_cannot_read_turns_nothing(tmp_path: Path) -> None:
+    """Of a type that does not exist; DALI by itself would read a quarter turn."""
+    tag = struct.pack("<HHHIHHI", 1, 0x0112, 99, 1, 6, 0, 0)
+    for number in range(4):
+        square = Image.fromarray(data.coffee()[:300, number : 300 + number])
+        square.save(tmp_path / f"{number}.jpg", exif=b"Exif\0\0II*\0" + struct.pack("<I", 8) + tag)
+    source = open_data(str(tmp_path), "train", 64)
+    pillow, ours = (next(iter(ImageLoader(source, 3, backend=backend))) for backend in ("torch", "dali"))
+    differences = (ours["image"].int() - pillow["image"].int()).abs().float().mean(dim=(1, 2, 3))
+    assert differences.max() < LEVELS / 4
 
 
 def test_workers_and_resuming_change_nothing(photographs: Path) -> None:
