@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny_runs import job
+from vfmvae.encoders import Features
 from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.train_job import Job
 from vfmvae.training.companion import CompanionLosses
@@ -26,7 +27,7 @@ class Reader(nn.Module):
         self.linear = nn.Linear(32, 1)
 
     def forward(
-        self, latents: Tensor, features: list[Tensor], draws: StepDraws, labels: Tensor | None
+        self, latents: Tensor, encoded: Features, draws: StepDraws, labels: Tensor | None
     ) -> CompanionLosses:
         noise = draws.normal(latents.shape[1:])
         of_latents = self.linear(latents.movedim(1, -1)).square().mean()
@@ -42,9 +43,9 @@ class Gain(nn.Module):
         self.a = nn.Parameter(torch.tensor(2.0))
 
     def forward(
-        self, latents: Tensor, features: list[Tensor], draws: StepDraws, labels: Tensor | None
+        self, latents: Tensor, encoded: Features, draws: StepDraws, labels: Tensor | None
     ) -> CompanionLosses:
-        assert not any(layer.requires_grad for layer in features)
+        assert not any(tensor.requires_grad for tensor in (*encoded.layers, encoded.pooled))
         return CompanionLosses(self.a * latents.mean(), (self.a - 3.0).square() / 2)
 
 

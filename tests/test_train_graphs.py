@@ -208,7 +208,7 @@ class Drawing(nn.Module):
         self.method, self.shape = method, shape
         self.drawn: list[torch.Tensor] = []
 
-    def forward(self, latents: torch.Tensor, features: Any, draws: StepDraws, labels: Any) -> CompanionLosses:
+    def forward(self, latents: torch.Tensor, encoded: Any, draws: StepDraws, labels: Any) -> CompanionLosses:
         numbers = getattr(draws, self.method)(self.shape)
         self.drawn.append(numbers.clone())
         return CompanionLosses(

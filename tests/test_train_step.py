@@ -52,7 +52,7 @@ def plain_gradients(built: Job, part: Part) -> dict[str, Tensor]:
     others = {**adversarial, **latent_losses(output, weights)}
     total = total + sum(weights[name] * loss for name, loss in others.items())
     if "alignment" in weights:
-        alignment = tokenizer.alignment_loss(output.latents, output.features)
+        alignment = tokenizer.alignment_loss(output.latents, output.encoded.layers)
         factor = weights["alignment"]
         if built.stage.losses.adaptive_alignment:
             factor = factor * adaptive_weight(reconstruction, alignment, tokenizer.last_fusion_weight)

@@ -128,9 +128,10 @@ class Job:
             },
             frozen=(*(f"tokenizer.{name}" for name in frozen), "projected.discriminator.encoder."),
         )
-        self.joint = None if config.joint is None else build_joint(config, config.joint, self._dtype)
-        if config.joint is not None and self.joint is not None:
-            joint = config.joint
+        self.joint = None
+        if config.joint is not None:
+            joint, width = config.joint, self.tokenizer.encoder.width
+            self.joint = build_joint(config, joint, width, self._dtype)
             self.add_companion(JOINT, self.joint, joint.weight, joint.optimizer, ema=joint.ema)
 
     # Building

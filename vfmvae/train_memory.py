@@ -157,7 +157,7 @@ class MetaRun:
                 total += (GRADIENT + MOMENTS) * _count(p for p in game.parameters() if p.requires_grad)
         if self.config.joint is not None:
             with META:
-                joint = JointDiffusion(self.config.joint, 0, False, None)
+                joint = JointDiffusion(self.config.joint, 0, self.tokenizer.encoder.width, False, None)
             total += (4 + AVERAGE + GRADIENT + MOMENTS) * _count(joint.parameters())
         if stages[number].losses.preservation:
             encoder = [self.tokenizer.encoder] if "encoder" in stages[number].trains else []

@@ -55,11 +55,16 @@ def build_forward(
     return forward
 
 
-def build_joint(config: TrainConfig, joint: JointConfig, dtype: torch.dtype | None) -> JointDiffusion:
-    """The diffusion transformer that trains along: compiled and recomputed as the engine's options say."""
+def build_joint(
+    config: TrainConfig, joint: JointConfig, width: int, dtype: torch.dtype | None
+) -> JointDiffusion:
+    """The diffusion transformer that trains along: compiled and recomputed as the engine's options say.
+
+    `width`: of the encoder; ValueError where the model has another.
+    """
     torch.manual_seed(config.seed + 1)
     layer = config.tokenizer.encoder.layers.index(-1)
-    model = JointDiffusion(joint, layer, config.fused, dtype)
+    model = JointDiffusion(joint, layer, width, config.fused, dtype)
     blocks = list(model.transformer.blocks)
     if config.engine.recompute:
         recompute_blocks(blocks, config.engine.compile)

@@ -115,7 +115,7 @@ def _any_of(values: tuple[float, ...]) -> str:
 def shapes(output: StepOutput, images: list[int], config: TrainConfig, console: Console) -> None:
     """Print the shapes of a first batch that equivariance leaves as it is."""
     _say(console, f"first batch: images {images} uint8, latents {_shape(output.latents, config)},")
-    _say(console, f"  features {', '.join(_shape(f, config) for f in output.features)}")
+    _say(console, f"  features {', '.join(_shape(f, config) for f in output.encoded.layers)}")
     _say(console, f"  reconstructions {', '.join(_shape(i, config) for i in output.images)}")
 
 

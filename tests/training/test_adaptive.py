@@ -64,7 +64,7 @@ def losses_of(tokenizer: Tokenizer, output: StepOutput) -> dict[str, Tensor]:
     return {
         "reconstruction": (image - 0.5).square().mean(),
         "adversarial": image.sin().mean(),
-        "alignment": tokenizer.alignment_loss(output.latents, output.features),
+        "alignment": tokenizer.alignment_loss(output.latents, output.encoded.layers),
     }
 
 

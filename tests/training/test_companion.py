@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.companions import FAST, Gain, Reader, companion_job, reader
 from tests.tiny_runs import job, largest_difference, parameters, stage, steps, tiny
 from tests.whole_runs import EVERYTHING
+from vfmvae.encoders import Features
 from vfmvae.images import to_unit
 from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.train_job import Job
@@ -80,7 +81,7 @@ class Leaky(nn.Module):
         self.a = nn.Parameter(torch.ones(()))
 
     def forward(
-        self, latents: Tensor, features: list[Tensor], draws: StepDraws, labels: Tensor | None
+        self, latents: Tensor, encoded: Features, draws: StepDraws, labels: Tensor | None
     ) -> CompanionLosses:
         return CompanionLosses(latents.mean(), (self.a * latents).mean())
 

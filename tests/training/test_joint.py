@@ -22,6 +22,7 @@ from vfmvae.diffusion.files import tokenizer_hash_of
 from vfmvae.images import to_unit
 from vfmvae.tokenizer.files import tokenizer_hash
 from vfmvae.train_job import Job
+from vfmvae.train_memory import MetaRun
 from vfmvae.train_step import COMPANION, Part, begin, generator_backward
 from vfmvae.training.diffusion_stage import DiffusionLosses
 from vfmvae.training.engine import EngineConfig
@@ -98,10 +99,64 @@ def test_the_alignment_reaches_the_tokenizer_and_the_velocity_loss_does_not() ->
     leaf = output.leaf.detach().requires_grad_()
     x = (1 - t[:, None, None, None]) * (leaf - 0.0) / math.sqrt(1 + 1e-4) + t[:, None, None, None] * noise
     (projected,) = built.joint.transformer.project(x, t, labels)
-    loss = -F.cosine_similarity(projected, output.features[-1].detach(), dim=-1).mean()
+    loss = -F.cosine_similarity(projected, output.encoded.layers[-1].detach(), dim=-1).mean()
     (expected,) = torch.autograd.grad(1.5 * loss, leaf)
     assert expected.abs().max() > 0
     torch.testing.assert_close(gradient - alone, expected, rtol=1e-3, atol=1e-7)
+
+
+def reg_config(**losses: float) -> JointConfig:
+    """With the encoder's class token, as REG."""
+    model = replace(MODEL, class_token_width=128)
+    return JointConfig(
+        model=model, losses=DiffusionLosses(**{"alignment": 0.5, "class_token": 0.03} | losses)
+    )
+
+
+def test_a_class_token_is_noised_and_aligned_and_its_velocity_loss_does_not_reach_the_tokenizer() -> None:
+    built = joint_job(joint=reg_config())
+    gradient, part, output = latents_gradient(built)
+    alone, *_ = latents_gradient(joint_job(joint=None))
+    louder, *_ = latents_gradient(joint_job(joint=reg_config(class_token=1000.0)))
+    assert torch.equal(gradient, louder), "whatever the class token's velocity loss is"
+
+    # By hand: the class token on the way to a noise of its own, and the first of the tokens that are aligned.
+    assert built.joint is not None
+    labels, draws = built.labels(0), built.draws(part.first, COMPANION)
+    assert labels is not None
+    t, noise = draws.uniform(()), draws.normal(output.leaf.shape[1:])
+    draws.uniform(())  # whose label is dropped
+    token, t1 = output.encoded.pooled.detach(), t[:, None]
+    noisy = (1 - t1) * token + t1 * draws.normal(token.shape[1:])
+    leaf = output.leaf.detach().requires_grad_()
+    x = (1 - t1[..., None, None]) * leaf / math.sqrt(1 + 1e-4) + t1[..., None, None] * noise
+    (projected,) = built.joint.transformer.project(x, t, labels, noisy)
+    target = torch.cat([token[:, None], output.encoded.layers[-1].detach()], dim=1)
+    loss = -F.cosine_similarity(projected, target, dim=-1).mean()
+    (expected,) = torch.autograd.grad(1.5 * loss, leaf)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(gradient - alone, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_run_with_a_class_token_leaves_a_model_that_samples_one(tmp_path: Path) -> None:
+    run(joint_config(joint=reg_config(), steps=2), tmp_path)
+    assert f"{NAME}_class_token" in lines(tmp_path)[-1]
+    model = vfmvae.load(tmp_path / NAME)
+    assert isinstance(model, DiffusionTransformer) and model.config.class_token_width == 128
+    latents = vfmvae.sample(model, torch.randn(2, 32, 8, 8), torch.tensor([0, 3]), steps=2)
+    assert latents.shape == (2, 32, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "model", [replace(MODEL, alignment_widths=(64,)), replace(MODEL, class_token_width=64)]
+)
+def test_another_width_than_the_encoders_is_refused(model: TransformerConfig) -> None:
+    losses = DiffusionLosses(alignment=0.5, class_token=0.03 * (model.class_token_width is not None))
+    config = joint_config(joint=JointConfig(model=model, losses=losses))
+    for build in (Job, MetaRun):
+        with pytest.raises(ValueError, match="features are 128 wide, and joint.model.alignment_widths .*64"):
+            run_of = build(config)
+            run_of.enter_stage(0)
 
 
 def test_blocks_that_are_computed_again_give_the_same_gradients() -> None:
@@ -232,7 +287,11 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], sentence: str) -> 
         ({"weight": 0.0}, "joint.weight is 0.0; it must be above 0"),
         ({"losses": DiffusionLosses()}, "joint.losses.alignment is 0"),
         ({"model": replace(MODEL, alignment_widths=())}, "joint.model has no projector"),
-        ({"model": replace(MODEL, class_token_width=8)}, "joint.model has a class token"),
+        ({"model": replace(MODEL, class_token_width=8)}, "class_token is 0, and the model has a class token"),
+        (
+            {"losses": DiffusionLosses(alignment=0.5, class_token=0.03)},
+            "class_token is 0.03, and the model has no class token",
+        ),
     ],
 )
 def test_joint_options_that_make_no_sense(options: dict[str, Any], sentence: str) -> None:

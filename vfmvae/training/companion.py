@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vfmvae.encoders import Features
 from vfmvae.losses.schedule import WeightSchedule
 from vfmvae.training.draws import StepDraws
 from vfmvae.training.ema import EMA, EmaConfig
@@ -41,8 +42,8 @@ class CompanionLosses(NamedTuple):
 class Companion:
     """One such model in a run.
 
-    `model(latents, features, draws, labels)` gives `CompanionLosses` from latents [B, z, h, w] (sampled, in
-    float32), the encoder's features (one [B, N, C] per layer, without a graph), the step's random draws
+    `model(latents, encoded, draws, labels)` gives `CompanionLosses` from latents [B, z, h, w] (sampled, in
+    float32), what the encoder says of the images (`Features`, without a graph), the step's random draws
     (`StepDraws`) and the images' labels (int64 [B], -1 for none; None where batches have none). With
     engine.graphs its Python runs in the first two steps of a kind only: what changes from step to step must
     come from tensors and `draws.normal` and the like, not from plain numbers, counters or `draws.decisions`.
@@ -93,8 +94,10 @@ class Companion:
         ValueError, in the first step that can tell, if its own loss depends on the latents' graph.
         """
         latents = output.leaf.detach() if weight is None else output.leaf
-        features = [layer.detach() for layer in output.features]  # with a trained encoder they have a graph
-        found = self.model(latents, features, draws, labels)
+        layers, grid, pooled = output.encoded
+        # With a trained encoder these have a graph.
+        encoded = Features([layer.detach() for layer in layers], grid, pooled.detach())
+        found = self.model(latents, encoded, draws, labels)
         if latents.requires_grad and not self._checked:
             self._check(found.own, latents)
         # Without a weight too: every parameter gets a gradient, which DDP waits for.

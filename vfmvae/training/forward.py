@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vfmvae.encoders import FrozenEncoder
+from vfmvae.encoders import Features, FrozenEncoder
 from vfmvae.losses.alignment import latent_preservation_loss
 from vfmvae.tokenizer import DiscretePosterior, Posterior, Tokenizer
 from vfmvae.tokenizer.equivariance import Equivariance, shrink_images, transform_images, transform_latents
@@ -28,7 +28,7 @@ class StepOutput(NamedTuple):
     latents: Tensor  # [B, z, h, w], sampled; ends the encoder side's graph
     leaf: Tensor  # the same values; the decoder side's graph begins here
     posterior: Posterior | DiscretePosterior
-    features: list[Tensor]  # [B, N, C] per encoder layer
+    encoded: Features  # what the encoder says of the images: layers [B, N, C] each, pooled [B, C]
     alignment: Tensor | None  # scalar, a function of `leaf`
     preservation: Tensor | None  # scalar, a function of the posterior's mean
 
@@ -83,7 +83,8 @@ class TrainingForward(nn.Module):
         tokenizer = self.tokenizer
         inputs = shrink_images(images, equivariance)
         size = latent_size(tokenizer, inputs)
-        features = tokenizer.encoder(inputs).layers
+        encoded = tokenizer.encoder(inputs)
+        features = encoded.layers
         posterior = tokenizer.fuse(features, size)
         latents = posterior.sample(noise)
         leaf = latents.detach().requires_grad_(latents.requires_grad)
@@ -96,7 +97,7 @@ class TrainingForward(nn.Module):
             preservation = latent_preservation_loss(posterior.mode(), earlier)
         targets = transform_images(inputs, equivariance)
         return StepOutput(
-            [decoded, *smaller], targets, latents, leaf, posterior, features, alignment, preservation
+            [decoded, *smaller], targets, latents, leaf, posterior, encoded, alignment, preservation
         )
 
     def reconstruct(self, images: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vfmvae.diffusion import DiffusionTransformer, TransformerConfig
+from vfmvae.encoders import Features
 from vfmvae.training.companion import CompanionLosses
 from vfmvae.training.diffusion_forward import (
     DiffusionInputs,
@@ -61,11 +62,23 @@ class JointConfig(DiffusionObjective):
                 "joint.model has no projector that the tokenizer's alignment could be read through; give"
                 " joint.model.alignment_widths the width of the encoder"
             )
-        if self.model.class_token_width is not None or self.losses.class_token:
+        if bool(self.losses.class_token) != (self.model.class_token_width is not None):
+            has = "no" if self.model.class_token_width is None else "a"
             raise ValueError(
-                "joint.model has a class token (joint.model.class_token_width or joint.losses.class_token),"
-                " which the tokenizer has none of; use it in a run on finished latents (train_diffusion)"
+                f"joint.losses.class_token is {self.losses.class_token:g}, and the model has {has} class"
+                f" token (joint.model.class_token_width); these go together"
             )
+
+
+def check_width(model: TransformerConfig, width: int) -> None:
+    """ValueError where a model cannot be compared with an encoder of that width."""
+    of_token = model.class_token_width
+    if any(w != width for w in model.alignment_widths) or of_token not in (None, width):
+        token = "" if of_token is None else f", joint.model.class_token_width {of_token}"
+        raise ValueError(
+            f"the encoder's features are {width} wide, and joint.model.alignment_widths is"
+            f" {model.alignment_widths}{token}; make them equal"
+        )
 
 
 class LatentNorm(nn.Module):
@@ -125,9 +138,15 @@ class LatentNorm(nn.Module):
 class JointDiffusion(nn.Module):
     """The companion of a tokenizer; see vfmvae.training.companion for what is asked of it."""
 
-    def __init__(self, config: JointConfig, layer: int, fused: bool, dtype: torch.dtype | None) -> None:
-        """`layer`: which of the encoder's features are aligned with, by their place in the list."""
+    def __init__(
+        self, config: JointConfig, layer: int, width: int, fused: bool, dtype: torch.dtype | None
+    ) -> None:
+        """Args:
+        layer: which of the encoder's features are aligned with, by their place in the list.
+        width: of the encoder; ValueError unless the model's projectors and class token have it.
+        """
         super().__init__()
+        check_width(config.model, width)
         self.config = config
         self.layer = layer
         self.transformer = DiffusionTransformer(config.model, fused)
@@ -136,23 +155,24 @@ class JointDiffusion(nn.Module):
         self.terms = config.losses.weights()
 
     def forward(
-        self, latents: Tensor, features: list[Tensor], draws: StepDraws, labels: Tensor | None
+        self, latents: Tensor, encoded: Features, draws: StepDraws, labels: Tensor | None
     ) -> CompanionLosses:
         null = self.config.model.classes
         labels = torch.full_like(draws.uniform(()), null, dtype=torch.int64) if labels is None else labels
         labels = torch.where(labels < 0, null, labels)
-        inputs = DiffusionInputs(self.norm(latents), labels, features[self.layer])
+        class_token = None if self.config.model.class_token_width is None else encoded.pooled
+        inputs = DiffusionInputs(self.norm(latents), labels, encoded.layers[self.layer], class_token)
         target = alignment_target(inputs, self.transformer, self.config)
 
         with holding_still(self.transformer):
             # The same draws as below; in eval mode, as published, no label is dropped.
             at = noised(inputs, replace(self.config, label_dropout=0.0), copy.copy(draws), null)
-            projected = self.transformer.project(at.x, at.t, at.labels)
+            projected = self.transformer.project(at.x, at.t, at.labels, at.class_token)
         of_latents = alignment_loss(projected, target)
 
         batch = self.norm.of_batch(latents.detach())
         at = noised(inputs._replace(latents=batch), self.config, draws, null)
-        out = self.transformer(at.x, at.t, at.labels)
+        out = self.transformer(at.x, at.t, at.labels, at.class_token)
         found = losses(out, at, target if "alignment" in self.terms else None, self.terms)
         own = torch.stack([weight * found[name] for name, weight in self.terms.items()]).sum()
         measures = {f"{NAME}_{name}": loss.detach() for name, loss in found.items()}
