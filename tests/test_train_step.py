@@ -132,16 +132,20 @@ def test_an_accumulated_batch_gives_the_same_update() -> None:
 
 @pytest.mark.parametrize("losses", [ALL_LOSSES, ADAPTIVE], ids=["fixed", "adaptive"])
 def test_an_accumulated_batch_plays_the_same_game(losses: LossWeights) -> None:
-    # One step of 1e-3, and not as close: the discriminators' batch norms enlarge the last digits.
     whole, parts = job(losses, batch_size=16), job(losses, batch_size=16, accumulate=2)
+    start = parameters(whole)
     (ours,), (theirs,) = steps(whole, 1), steps(parts, 1)
     assert ours.losses.keys() == theirs.losses.keys()
     for name, loss in ours.losses.items():
         torch.testing.assert_close(theirs.losses[name], loss, rtol=1e-4, atol=1e-5, msg=name)
     one, other = parameters(whole), parameters(parts)
-    for part, limit in (("tokenizer.", 5e-5), ("projected.", 5e-4), ("patch.", 5e-4)):
-        ours, theirs_ = ({n: p for n, p in found.items() if n.startswith(part)} for found in (one, other))
-        assert largest_difference(ours, theirs_) < limit, part
+    for part in ("tokenizer.", "projected.", "patch."):
+        names = [name for name in one if name.startswith(part)]
+        difference, moved = (
+            torch.cat([(one[n] - found[n]).flatten() for n in names]).norm() for found in (other, start)
+        )
+        # Not as close for every single number: batch norms of the discriminators enlarge the last digits.
+        assert difference < 2e-3 * moved, part
 
 
 @pytest.mark.parametrize("engine", [{}, {"accumulate": 2}, {"share_forward": False}])

@@ -109,10 +109,18 @@ def test_outputs_equal_those_of_the_published_implementation(
     if out.class_velocity is not None:
         torch.testing.assert_close(out.class_velocity, io["cls_velocity"], atol=2e-5, rtol=0)
     for number, projected in enumerate(out.projected):
-        # Up to 45, and themselves 6e-5 from float64: only the published operations in their order come as
-        # close as 2e-5. The plain form writes attention out.
-        limit = 2e-5 if fused else 3e-5
-        torch.testing.assert_close(projected, io[f"projected_{number}"], atol=limit, rtol=0)
+        expected = io[f"projected_{number}"]
+        torch.testing.assert_close(projected, expected, atol=projected_limit(expected), rtol=0)
+
+
+def projected_limit(published: Tensor) -> float:
+    """What rounding may make of projected tokens, which reach 45.
+
+    The published numbers are 6e-5 from those of float64 themselves. The same operations in the same order
+    come within 2e-5 of them on an AMD EPYC, and within 8e-5 where the library of matrix products sums in
+    another order (Intel Xeon).
+    """
+    return 2e-6 * published.abs().max().item()
 
 
 @pytest.fixture
@@ -134,7 +142,8 @@ def test_lightningdits_guided_velocity_on_three_channels(parity_dir: Path) -> No
     assert y[3:].eq(model.config.classes).all()
     guidance = Guidance(scale=3.0, channels=3)
     guided = -guided_velocity(model, y[:3], model.config.classes, guidance)(x, None, 0.5, 0.5).latents
-    torch.testing.assert_close(guided.float(), published_guided, atol=2e-5, rtol=0)
+    # Three times one velocity less twice another, each within 2e-5.
+    torch.testing.assert_close(guided.float(), published_guided, atol=5 * 2e-5, rtol=0)
     other = -model(x, torch.full((3,), 0.5), y[3:]).velocity
     torch.testing.assert_close(other[:, 3:], published_other[:, 3:], atol=2e-5, rtol=0)
 
