@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from unittest import mock
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 import vfmvae
 import vfmvae.train
@@ -348,6 +350,32 @@ def test_a_signal_before_the_first_step_leaves_a_run_to_go_on_with(tmp_path: Pat
     assert ended.value.code == 0 and saved_steps(tmp_path) == [0] and lines(tmp_path) == []
     run(cheap(steps=2), tmp_path)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_while_models_load_ends_at_once(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """In a new folder nothing is left; a run that was there is as it was."""
+    before = signal.getsignal(number)
+
+    def interrupted(config: TrainConfig) -> None:
+        signal.raise_signal(number)
+        raise AssertionError("went on")
+
+    def stopped() -> str:
+        console = Console(file=io.StringIO(), width=200)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(vfmvae.train, "Job", interrupted)
+            vfmvae.train.train(cheap(steps=1), RunFolder(tmp_path / "run"), console)
+        assert ended.value.code == code and signal.getsignal(number) == before
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    assert stopped() == "stopped before the first step; nothing was written\n"
+    RunFolder(tmp_path / "run").check_new()
+    run(cheap(steps=1), tmp_path / "run")
+    command = RunFolder(tmp_path / "run").resume_command()
+    assert stopped() == f"stopped before the first step; go on with: {command}\n"
+    assert saved_steps(tmp_path / "run")[-1] == 1
 
 
 def test_a_tracker_that_does_not_open_leaves_the_folder_free(tmp_path: Path) -> None:

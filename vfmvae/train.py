@@ -42,7 +42,7 @@ from vfmvae.training.figures import write_figure
 from vfmvae.training.job import StepResult
 from vfmvae.training.joint import NAME as JOINT
 from vfmvae.training.joint import CollapseAlarm
-from vfmvae.training.run import Run, carry_out, run_place
+from vfmvae.training.run import Run, carry_out, leaving_early, run_place
 from vfmvae.training.run_folder import RunFolder
 
 HEADINGS = {
@@ -59,7 +59,9 @@ def train(config: TrainConfig, folder: RunFolder, console: Console) -> None:
     with usage():
         pick_device(config.device)
     with run_place(config, folder, console) as speaking:
-        carry_out(TokenizerRun(config, folder, speaking))
+        with leaving_early(folder, speaking):
+            run = TokenizerRun(config, folder, speaking)
+        carry_out(run)
 
 
 class TokenizerRun(Run[Job, Evaluation]):

@@ -35,7 +35,7 @@ from vfmvae.training.device import device_name, pick_device, slow_on_cpu
 from vfmvae.training.distributed import rank, world_size
 from vfmvae.training.figures import write_samples
 from vfmvae.training.job import StepResult
-from vfmvae.training.run import Run, carry_out, run_place
+from vfmvae.training.run import Run, carry_out, leaving_early, run_place
 from vfmvae.training.run_folder import RunFolder
 
 
@@ -45,7 +45,9 @@ def train(config: DiffusionConfig, folder: RunFolder, console: Console) -> None:
     with usage():
         pick_device(config.device)
     with run_place(config, folder, console) as speaking:
-        carry_out(DiffusionRun(config, folder, speaking))
+        with leaving_early(folder, speaking):
+            run = DiffusionRun(config, folder, speaking)
+        carry_out(run)
 
 
 class DiffusionRun(Run[DiffusionJob, DiffusionEvaluation]):

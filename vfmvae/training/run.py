@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 from rich.console import Console
@@ -36,7 +37,7 @@ from vfmvae.training.logging import Position, TrainingLog
 from vfmvae.training.run_config import RunConfig
 from vfmvae.training.run_folder import RunFolder
 from vfmvae.training.run_lock import run_lock
-from vfmvae.training.safety import StopRequest
+from vfmvae.training.safety import STOP_SIGNALS, StopRequest
 from vfmvae.training.trackers import Tracker, open_trackers
 
 MOST_SAID = 5
@@ -84,6 +85,27 @@ def run_place(config: RunConfig, folder: RunFolder, console: Console) -> Iterato
     """The processes of a run, and its folder for it alone; gives the console that may speak."""
     with process_group(pick_device(config.device)), only_run_in(folder, console):
         yield console if rank() == 0 else Console(quiet=True)
+
+
+@contextmanager
+def leaving_early(folder: RunFolder, console: Console) -> Iterator[None]:
+    """While a job is built, which takes minutes at full size, Ctrl-C or SIGTERM says how to go on, and exits
+    with 130 or 0 at once, since nothing can be lost.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sentence = "stopped before the first step; nothing was written"
+        if any(folder.checkpoints.glob("*")):
+            sentence = f"stopped before the first step; go on with: {folder.resume_command(launcher())}"
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
+        raise SystemExit(128 + number if number == signal.SIGINT else 0)
+
+    before = {number: signal.signal(number, leave) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def only_run_in(folder: RunFolder, console: Console) -> AbstractContextManager[None]:
