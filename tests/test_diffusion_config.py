@@ -13,6 +13,7 @@ from tests.tiny_diffusion import CHANNELS, CLASSES, MODEL, PLAIN, SIZE, WIDTH, f
 from vfmvae.data import open_data
 from vfmvae.diffusion.files import is_diffusion
 from vfmvae.diffusion.guidance import Guidance
+from vfmvae.diffusion.sampling import Sampling
 from vfmvae.diffusion_config import (
     DiffusionConfig,
     EvaluationConfig,
@@ -116,15 +117,17 @@ def test_a_resumed_run_may_go_on_longer_faster_and_elsewhere() -> None:
     check_same_diffusion(replace(begun, steps=9, workers=2, dtype="bf16", fused=False, device="cuda"), begun)
     milder = replace(stage().optimizer, learning_rate=1e-5)
     check_same_diffusion(replace(begun, stages=(stage(optimizer=milder),)), begun)
+    check_same_diffusion(replace(begun, latents="moved", tokenizer="one for pictures"), begun)
+    on_images = tiny(data="scenes", tokenizer="t")
+    check_same_diffusion(replace(on_images, tokenizer="moved"), on_images)
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"latents": "others"}, "its latents from made to others"),
+        ({"latents": None, "data": "scenes"}, "its data from None to scenes"),
         ({"batch_size": 8}, "its batch_size from 4 to 8"),
         ({"seed": 1}, "its seed from 0 to 1"),
-        ({"tokenizer": "t"}, "its tokenizer from None to t"),
         ({"diffusion": replace(MODEL, depth=3)}, "its diffusion; start a new run instead"),
         ({"stages": (stage(name="other"),)}, "its stages from train to other"),
         (
@@ -134,9 +137,21 @@ def test_a_resumed_run_may_go_on_longer_faster_and_elsewhere() -> None:
     ],
 )
 def test_what_a_resumed_run_cannot_change(changes: dict[str, Any], sentence: str) -> None:
-    begun = tiny(latents="made")
+    begun = tiny(latents="made", tokenizer="t")
     with pytest.raises(ValueError, match=f"a resumed run cannot change {sentence}"):
         check_same_diffusion(replace(begun, **changes), begun)
+
+
+def test_a_run_on_images_keeps_the_latents_that_it_learns() -> None:
+    pixels = tiny(data="scenes", diffusion=PLAIN, stages=(stage(DiffusionLosses()),))
+    with pytest.raises(ValueError, match="cannot change its tokenizer from None to t"):
+        check_same_diffusion(replace(pixels, tokenizer="t"), pixels)
+
+
+def test_pictures_by_the_sde_are_of_the_linear_path() -> None:
+    evaluation = EvaluationConfig(sampling=Sampling("sde"))
+    with pytest.raises(ValueError, match="sampler sde is for the linear path, and stage 'bent' learns"):
+        tiny(latents="made", evaluation=evaluation, stages=(stage(name="bent", path="cosine"),))
 
 
 def test_a_batch_is_shared_by_processes_and_parts() -> None:

@@ -96,7 +96,7 @@ def test_info_looks_at_values(folder: Path, capsys: pytest.CaptureFixture[str]) 
     broken = whole["moments_flip"].clone()
     broken[3, 2, 1, 1] = float("inf")
     finished_again(folder, 1, moments_flip=broken)
-    assert "moments_flip are not all finite" in info_fails(folder, capsys)
+    assert "moments_flip that are not all finite" in info_fails(folder, capsys)
     for numbers in ([10, 11, 12, 13, 14, 15, 16, 17, 18, 18], list(range(9, 19)), list(range(19, 9, -1))):
         finished_again(folder, 1, moments_flip=whole["moments_flip"], numbers=torch.tensor(numbers))
         assert "images that do not belong there, or twice" in info_fails(folder, capsys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,31 @@ def test_a_guide_of_other_latents_is_refused(
     given = ["--tokenizer", tiny, "--output", tmp_path / "out", "--guide", tmp_path / "guide"]
     assert run(module, diffusion, *given, "--guidance", "2") == 1
     assert "the guide was trained on other latents" in capsys.readouterr().err
+
+
+def test_a_guide_of_another_path_or_tokenizer_is_refused(
+    diffusion: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--tokenizer", tiny, "--output", tmp_path / "out", "--guidance", "2", "--guide"]
+    strange = save_diffusion(tmp_path / "strange", tokenizer="s" * 64)
+    assert run(module, diffusion, *given, strange) == 1
+    assert "the guide was trained on latents of another tokenizer" in capsys.readouterr().err
+    straight, bent = (
+        of_a_run(save_diffusion(tmp_path / path), stages=[{"path": path}]) for path in ("linear", "cosine")
+    )
+    assert run(module, straight, *given, bent) == 1
+    assert "the guide learned another path than the model (cosine, linear)" in capsys.readouterr().err
+    assert run(module, diffusion, *given, bent, "--count", "1", "--steps", "1") == 0, "which may be either"
+
+
+def test_the_model_of_an_end_to_end_run_has_its_tokenizer_beside_it(
+    tiny: Path, diffusion: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny, tmp_path / "run")
+    shutil.copytree(diffusion, tmp_path / "run/diffusion")
+    given = ["--output", tmp_path / "out", "--count", "1", "--steps", "1"]
+    assert run(module, tmp_path / "run/diffusion", *given) == 0
+    assert json.loads((tmp_path / "out/samples.json").read_text())["tokenizer"] == str(tmp_path / "run")
 
 
 def test_latents_that_are_not_finite_end_it(

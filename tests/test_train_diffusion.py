@@ -30,7 +30,8 @@ from tests.host_reads import host_reads
 from tests.tiny_diffusion import ALL_LOSSES, MODEL, PLAIN, fill, run, stage, tiny
 from tests.whole_runs import assert_same_run, lines, saved_steps, state, weights
 from vfmvae.data.latent_folder import read_manifest
-from vfmvae.diffusion.files import tokenizer_hash_of
+from vfmvae.diffusion import DiffusionTransformer
+from vfmvae.diffusion.files import save_transformer, tokenizer_hash_of
 from vfmvae.diffusion.flow import TimeConfig
 from vfmvae.diffusion.sampling import sample_noise
 from vfmvae.diffusion_config import DiffusionConfig
@@ -266,15 +267,45 @@ def test_the_statistics_of_images_are_measured_once(tmp_path: Path, monkeypatch:
     run(config, folder)
     std = weights(folder)["latents_std"]
     assert (std != 1).all()
-    monkeypatch.setattr(ImageInputs, "statistics", mock.Mock(side_effect=AssertionError))
-    run(replace(config, steps=2), folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageInputs, "statistics", mock.Mock(side_effect=AssertionError))
+        run(replace(config, steps=2), folder)
     assert torch.equal(weights(folder)["latents_std"], std)
     tuned = replace(config, initial=str(folder), seed=1)
     run(tuned, tmp_path / "tuned")
     assert torch.equal(weights(tmp_path / "tuned")["latents_std"], std), "as its first weights know them"
 
+    # A converted model does not know its tokenizer: only the statistics can tell that it is another.
+    model = vfmvae.load(folder)
+    assert isinstance(model, DiffusionTransformer)
+    model.latents_std.mul_(3)
+    save_transformer(model, tmp_path / "strange")
+    with pytest.raises(ValueError, match="have other statistics than those that .*strange was trained on"):
+        run(replace(config, initial=str(tmp_path / "strange")), tmp_path / "refused")
+
+
+def test_an_evaluation_that_is_not_finite_ends_a_run_before_its_first_step(made: str, tmp_path: Path) -> None:
+    run(tiny(latents=made, steps=1), tmp_path / "first")
+    model = vfmvae.load(tmp_path / "first")
+    assert isinstance(model, DiffusionTransformer)
+    with torch.no_grad():
+        model.final_layer.linear.bias.fill_(torch.nan)
+    save_transformer(model, tmp_path / "broken")
+    with pytest.raises(ValueError, match="evaluation before the first step is not finite .*velocity nan"):
+        run(tiny(latents=made, initial=str(tmp_path / "broken")), tmp_path / "second")
+
 
 # Mistakes
+
+
+def test_a_published_recipe_learns_from_images_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its features come from the tokenizer that the same command line names, or from an encoder."""
+    arguments = ("--recipe", "vfm_vae_reg_xl", "--data", "scenes", "--dry-run", "--run-dir", tmp_path / "run")
+    for gives in (("--tokenizer", "t"), ("--encoder.name", "mini", "--encoder.scale-factor", "1.0")):
+        assert run_command(vfmvae.train_diffusion, *arguments, *gives) == 0, capsys.readouterr().err
+        assert "velocity 1, alignment 0.5, class_token 0.03" in capsys.readouterr().out
 
 
 def test_a_plan_is_shown_without_latents(

@@ -82,6 +82,12 @@ class DiffusionConfig(RunConfig):
             raise ValueError(f"statistics_images is {self.statistics_images}; it must be at least 2")
         for stage in self.stages:
             self._check_stage(stage)
+        cosine = [stage.name for stage in self.stages if stage.path == "cosine"]
+        if cosine and self.evaluation.sampling.sampler == "sde":
+            raise ValueError(
+                f"evaluation.sampling.sampler sde is for the linear path, and stage {cosine[0]!r} learns the"
+                f" cosine path; take heun"
+            )
 
     def _check_stage(self, stage: DiffusionStageConfig) -> None:
         model, losses = self.diffusion, stage.losses
@@ -104,8 +110,8 @@ class DiffusionConfig(RunConfig):
             )
         if losses.alignment and self.data is not None and self.tokenizer is None and self.encoder is None:
             raise ValueError(
-                f"stage {stage.name!r} has losses.alignment, and nothing gives features; name an encoder, or"
-                f" a tokenizer, whose encoder is used"
+                f"stage {stage.name!r} has losses.alignment, and nothing gives features; name an encoder"
+                f" (--encoder.name), or a tokenizer (--tokenizer), whose encoder is used"
             )
 
     @property
@@ -125,11 +131,14 @@ class DiffusionConfig(RunConfig):
 def check_same_diffusion(config: DiffusionConfig, earlier: DiffusionConfig) -> None:
     """ValueError if a run that began as `earlier` cannot go on as `config`.
 
-    What it learns and from what stays; how long, how fast and where it trains may change.
+    What it learns and from what stays; how long, how fast and where it trains may change. Latents and a
+    tokenizer may lie elsewhere: the job compares what they hold.
     """
     for name in ("diffusion", "data", "latents", "tokenizer", "encoder", "batch_size", "seed"):
         before, now = (_portable(getattr(c, name)) for c in (earlier, config))
-        if before != now:
+        moved = name in ("latents", "tokenizer") and before is not None and now is not None
+        only_decodes = name == "tokenizer" and config.latents is not None
+        if before != now and not moved and not only_decodes:
             values = f" from {before} to {now}" if isinstance(now, int | str | None) else ""
             raise ValueError(f"a resumed run cannot change its {name}{values}; start a new run instead")
     names = [[stage.name for stage in c.stages] for c in (earlier, config)]

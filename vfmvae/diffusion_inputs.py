@@ -6,7 +6,7 @@ are a tokenizer's own here; the model normalises them.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -101,15 +101,17 @@ def check_classes(source: Source, classes: int) -> None:
         )
 
 
-def verify_checksums(folder: Path) -> None:
-    """Read every byte, with a bar; ValueError for a shard that is missing or damaged."""
+def verify_checksums(folder: Path, fields: Collection[str]) -> None:
+    """Read every byte, with a bar; ValueError for a shard that is missing or damaged, or has numbers that are
+    not finite in these fields.
+    """
     from rich.console import Console  # a machine that only measures speed may not have it
 
     from vfmvae.inference import progress
 
     manifest = read_manifest(folder)
     with progress(Console(quiet=rank() > 0), "checking", len(manifest.shards), "shards") as bar:
-        check_shards(folder, manifest, advance=partial(bar.advance, bar.task_ids[0]))
+        check_shards(folder, manifest, True, partial(bar.advance, bar.task_ids[0]), fields)
 
 
 class LatentInputs:
@@ -132,7 +134,10 @@ class LatentInputs:
         self._check(tokenizer)
         with first_rank_first():
             if config.verify_latents and local_rank() == 0:  # once on each machine
-                verify_checksums(self.latents.path)
+                # Not the features, which are most of the bytes: those who write them look.
+                read = [field for field in self.fields if field != "features"]
+                read += ["latents_flip"] if "latents" in read and settings.flips else []
+                verify_checksums(self.latents.path, read)
 
     def _check(self, tokenizer: Tokenizer | None) -> None:
         model, entry = self.config.diffusion, self.latents.read(0, 1)

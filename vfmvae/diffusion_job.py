@@ -108,9 +108,8 @@ class DiffusionJob:
         """
         model, known = self.transformer, self.state.numbers.get("statistics", False)
         began = known or self.config.initial is not None
-        if began and self.config.latents is None:
-            self.state.numbers["statistics"] = True
-            return  # measured on images when this run, or that of the first weights, began
+        if known and self.config.latents is None:
+            return  # measured on images when this run began
         mean, std = (x.to(self.device) for x in self.source.statistics())
         if not began:
             model.latents_mean.copy_(mean)

@@ -30,6 +30,7 @@ from vfmvae.data.latent_folder import (
     channel_statistics,
     check_shards,
     latents_of,
+    not_finite,
     open_shards,
     read_manifest,
 )
@@ -101,7 +102,9 @@ def inspect(folder: Path, console: Console) -> Contents:
     with progress(console, "values", 2 * total, "shards") as bar:
         advance = partial(bar.advance, bar.task_ids[0])
         for shard in shards:
-            check_finite(shard)
+            wrong = not_finite(shard, shard.columns)
+            if wrong is not None:
+                raise ValueError(f"{folder}: {wrong}, and encode again in --storage fp32")
             advance()
         found = channel_statistics(latents_of(shards, manifest.settings, advance))
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in (manifest.mean, manifest.std))
@@ -122,13 +125,6 @@ def check_numbers(shard: Shard, planned: range) -> None:
     ascending = bool((numbers[1:] > numbers[:-1]).all())
     if not ascending or numbers[0] not in planned or numbers[-1] not in planned:
         raise ValueError(f"{shard.path} holds images that do not belong there, or twice; encode again")
-
-
-def check_finite(shard: Shard) -> None:
-    for name, column in shard.columns.items():
-        for part in column.parts():
-            if part.is_floating_point() and not part.isfinite().all():
-                raise ValueError(f"{shard.path}: {name} are not all finite; encode again in --storage fp32")
 
 
 def close(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from vfmvae.serialization import from_dict, read_json
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.files import tokenizer_hash
 from vfmvae.training.device import compute_dtype, pick_device, prepare_inference
+from vfmvae.training.joint import NAME as JOINT
 
 
 class Models(NamedTuple):
@@ -60,9 +62,11 @@ def open_models(
     diffusion = _open_diffusion(name, options, console)
     guiding = None if guide is None else _open_diffusion(guide, options, console)
     folder = find_model(name)
+    if guide is not None:
+        check_guide(folder, find_model(guide))
     training = read_json(folder / CONFIG_FILE)
     shift = training_shift(training, diffusion)
-    its_own = training.get("tokenizer")
+    its_own = training.get("tokenizer") or tokenizer_beside(folder)
     if options.tokenizer is None and its_own is None and training.get("data") is not None:
         check_fit(models := Models(diffusion, guiding, None, shift))  # a run on images without a tokenizer
         return models, None
@@ -97,6 +101,13 @@ def _open_diffusion(name: str, options: ModelOptions, console: Console) -> Diffu
     return model
 
 
+def tokenizer_beside(folder: Path) -> str | None:
+    """Where the model of an end-to-end run has its tokenizer: the folder of the run, which holds its own."""
+    run = folder.resolve().parent
+    is_joint = folder.name == JOINT and tokenizer_hash_of(folder) is not None
+    return str(run) if is_joint and (run / CONFIG_FILE).is_file() else None
+
+
 def check_fit(models: Models) -> None:
     """ValueError unless the models are of the same latents, as far as these can tell."""
     diffusion, guide, tokenizer, _ = models
@@ -120,6 +131,22 @@ def check_fit(models: Models) -> None:
             raise ValueError(f"the guide was trained on other latents: its {name} differs from the model's")
 
 
+def check_guide(model: Path, guide: Path) -> None:
+    """ValueError where two models say that they learned other latents, or another path.
+
+    Converted ones do not say.
+    """
+    hashes = {tokenizer_hash_of(folder) for folder in (model, guide)}
+    if len(hashes - {None}) > 1:
+        raise ValueError("the guide was trained on latents of another tokenizer than the model")
+    paths = {last_path(folder) for folder in (model, guide)}
+    if len(paths - {None}) > 1:
+        raise ValueError(
+            f"the guide learned another path than the model ({last_path(guide)}, {last_path(model)}): the"
+            f" difference of their velocities means nothing"
+        )
+
+
 def training_shift(training: Mapping[str, Any], model: DiffusionTransformer) -> float:
     """How a training run's last stage shifted its times; 1 for a converted model, which does not say."""
     stages = training.get("stages")
@@ -132,12 +159,17 @@ def training_shift(training: Mapping[str, Any], model: DiffusionTransformer) -> 
 
 def check_path(name: str) -> None:
     """UsageError for the SDE with a model of another path than it is written for."""
-    stages = read_json(find_model(name) / CONFIG_FILE).get("stages", ())
-    paths = [stage.get("path") for stage in stages if isinstance(stage, Mapping)]
-    if paths[-1:] == ["cosine"]:
+    if last_path(find_model(name)) == "cosine":
         raise UsageError(
             "--sampler sde is for the linear path, and this run learned the cosine path; take heun"
         )
+
+
+def last_path(folder: Path) -> str | None:
+    """Of a run's last stage; None for a converted model, which does not say."""
+    stages = read_json(folder / CONFIG_FILE).get("stages", ())
+    paths = [stage.get("path") for stage in stages if isinstance(stage, Mapping)]
+    return paths[-1] if paths else None
 
 
 def file_hash(name: str) -> str:

@@ -81,7 +81,7 @@ class TokenizerRun(Run[Job, Evaluation]):
         if self.job.joint is not None:
             if not found:
                 self.job.begin_joint()
-            self.alarm = CollapseAlarm(self.job.state.numbers.setdefault("first_latents", {}))
+            self.alarm = CollapseAlarm(self.job.state.numbers.setdefault("most_of_latents", {}))
         return found
 
     def watch(self, means: dict[str, float]) -> None:

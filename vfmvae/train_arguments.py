@@ -14,6 +14,7 @@ import tyro
 from vfmvae.cli import UsageError, parse
 from vfmvae.config import TrainConfig, check_same_run, read_config
 from vfmvae.diffusion_config import DiffusionConfig, check_same_diffusion, read_diffusion_config
+from vfmvae.encoders import EncoderConfig
 from vfmvae.recipes import DIFFUSION_RECIPES, RECIPES, diffusion_demo_on
 from vfmvae.training.run_folder import RunFolder, latest_run_path, new_run_path
 
@@ -86,7 +87,15 @@ def _for_what_it_reads(config: DiffusionConfig, first: argparse.Namespace) -> Di
             return diffusion_demo_on(named)
         return replace(config, data=None, encoder=None, latents=named)
     if first.data not in (None, "None"):
-        return replace(config, data=first.data, latents=None)
+        # Together, since a config without anything that gives features may be none.
+        tokenizer = config.tokenizer if first.tokenizer is None else first.tokenizer
+        return replace(
+            config,
+            data=first.data,
+            latents=None,
+            tokenizer=None if tokenizer == "None" else tokenizer,
+            encoder=config.encoder or (EncoderConfig() if first.encoder else None),
+        )
     return config
 
 
@@ -141,10 +150,12 @@ def _first_pass(command: TrainCommand[L, C], arguments: list[str]) -> argparse.N
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--data")
     parser.add_argument("--latents")
+    parser.add_argument("--tokenizer")
     try:
         first = parser.parse_known_args(arguments)[0]
     except argparse.ArgumentError as error:
         raise UsageError(str(error)) from None
+    first.encoder = any(argument.startswith("--encoder.") for argument in arguments)
     if first.recipe is not None and first.config is not None:
         raise UsageError(f"give --recipe {first.recipe} or --config {first.config}, not both")
     if first.recipe is not None and first.recipe not in command.recipes:

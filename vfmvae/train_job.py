@@ -37,6 +37,7 @@ from vfmvae.training.forward import Snapshot
 from vfmvae.training.guard import BufferGuard, StepGuard
 from vfmvae.training.job import DataIdentity
 from vfmvae.training.joint import NAME as JOINT
+from vfmvae.training.joint import check_classes
 from vfmvae.training.objective import Weights
 from vfmvae.training.optim import (
     OptimizerConfig,
@@ -131,6 +132,7 @@ class Job:
         self.joint = None
         if config.joint is not None:
             joint, width = config.joint, self.tokenizer.encoder.width
+            check_classes(joint.model, len(self.data.classes), config.data or "the set of photographs")
             self.joint = build_joint(config, joint, width, self._dtype)
             self.add_companion(JOINT, self.joint, joint.weight, joint.optimizer, ema=joint.ema)
 

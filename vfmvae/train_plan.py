@@ -17,6 +17,7 @@ from vfmvae.data.transforms import CropConfig
 from vfmvae.tokenizer.equivariance import EquivarianceConfig
 from vfmvae.train_memory import MetaRun, StageMemory
 from vfmvae.training.forward import StepOutput
+from vfmvae.training.joint import check_classes
 from vfmvae.training.stages import TERMS, StageConfig, TermSchedule
 
 GIB = 2**30
@@ -42,6 +43,7 @@ def describe(config: TrainConfig, console: Console) -> None:
         outputs.append(output)
     if config.joint is not None:
         model = config.joint.model
+        check_classes(model, len(data.classes), config.data or "the set of photographs")
         _say(
             console,
             f"joint diffusion transformer: {model.depth} blocks of width {model.width}, {model.tokens}"

@@ -121,6 +121,20 @@ def test_dopri5_solves_pieces_apart() -> None:
     assert starts == {0.7, 0.2}
 
 
+def test_dopri5_whose_steps_become_too_small() -> None:
+    pytest.importorskip("torchdiffeq")
+
+    def broken(x: Tensor, t: float, start: float) -> Tensor:
+        return torch.full_like(x, torch.nan)
+
+    def steep(x: Tensor, t: float, start: float) -> Tensor:
+        return -1e6 * x.sign() * (x.abs() + 1) ** 2  # infinite before its end
+
+    assert dopri5(broken, torch.zeros(2), [1.0, 0.0]).isnan().all()
+    with pytest.raises(ValueError, match="sampler dopri5 cannot go on at t = 1: underflow in dt"):
+        dopri5(steep, torch.ones(2), [1.0, 0.0])
+
+
 def test_dopri5_without_its_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 

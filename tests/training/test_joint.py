@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 import vfmvae
@@ -23,6 +25,7 @@ from vfmvae.images import to_unit
 from vfmvae.tokenizer.files import tokenizer_hash
 from vfmvae.train_job import Job
 from vfmvae.train_memory import MetaRun
+from vfmvae.train_plan import describe
 from vfmvae.train_step import COMPANION, Part, begin, generator_backward
 from vfmvae.training.diffusion_stage import DiffusionLosses
 from vfmvae.training.engine import EngineConfig
@@ -236,6 +239,26 @@ def test_the_alarm_warns_once_and_then_stops_the_run() -> None:
     assert len(alarm.check({VARIANCE: 0.1})) == 1 and alarm.check({VARIANCE: 0.09}) == []
     with pytest.raises(FloatingPointError, match="have collapsed: latents_variance is 0.01, .*lower joint"):
         alarm.check({VARIANCE: 0.01})
+
+
+def test_the_alarm_compares_with_the_most_there_was() -> None:
+    """Random weights begin with less than a trained tokenizer has: a collapse from there is one too."""
+    alarm = CollapseAlarm({})
+    for value in (0.03, 0.5, 5.0, 18.0, 2.0):
+        assert alarm.check({VARIANCE: value, VARIATION: 300 * value}) == []
+    assert len(alarm.check({VARIANCE: 1.0})) == 1
+    with pytest.raises(FloatingPointError, match="0.02, 0.11% of the 18 it was at most"):
+        alarm.check({VARIANCE: 0.02})
+
+
+def test_labels_that_are_no_class_of_the_model_are_refused_before_the_first_step() -> None:
+    joint = JointConfig(model=replace(MODEL, classes=14), losses=DiffusionLosses(alignment=0.5))
+    config = joint_config(joint=joint)
+    sentence = "scenes has 15 classes, and joint.model.classes is 14; give it at least as many"
+    with pytest.raises(ValueError, match=sentence):
+        Job(config)
+    with pytest.raises(ValueError, match=sentence):
+        describe(config, Console(file=io.StringIO()))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -321,12 +321,21 @@ def _unfinished(folder: Path) -> str:
 
 
 def check_shards(
-    folder: Path, manifest: Manifest, checksums: bool = True, advance: Advance = quietly
+    folder: Path,
+    manifest: Manifest,
+    checksums: bool = True,
+    advance: Advance = quietly,
+    finite: Collection[str] = (),
 ) -> None:
-    """ValueError naming the shards that are not as the manifest says; `checksums` read every byte."""
+    """ValueError naming the shards that are not as the manifest says, or whose fields named `finite` are not.
+
+    `checksums` read every byte.
+    """
 
     def check(entry: ShardEntry) -> str | None:
         found = problem(folder, entry, checksums)
+        if found is None and finite:
+            found = not_finite(open_shard(folder / entry.file, manifest.settings), finite)
         advance()
         return found
 
@@ -365,6 +374,15 @@ def problem(folder: Path, entry: ShardEntry, checksum: bool) -> str | None:
         return f"shard {entry.file} is damaged: {size} bytes instead of {entry.bytes}"
     if checksum and sha256(path) != entry.sha256:
         return f"shard {entry.file} is damaged: its checksum is not the manifest's"
+    return None
+
+
+def not_finite(shard: Shard, fields: Collection[str]) -> str | None:
+    """Which of these fields holds numbers that are not finite, in a sentence."""
+    for name in fields:
+        for part in shard.columns[name].parts():
+            if part.is_floating_point() and not part.isfinite().all():
+                return f"shard {shard.path.name} holds {name} that are not all finite: remove it"
     return None
 
 

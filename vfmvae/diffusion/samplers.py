@@ -113,5 +113,12 @@ def dopri5(
             return velocity(state, float(time), start).double()
 
         piece = torch.tensor([t, after], dtype=torch.float64, device=x.device)
-        x = odeint(slope, x, piece, rtol=rtol, atol=atol, method="dopri5")[-1]
+        try:
+            x = odeint(slope, x, piece, rtol=rtol, atol=atol, method="dopri5")[-1]
+        except AssertionError as error:  # its steps became too small to count
+            if velocity(x, t, middle).isfinite().all():
+                raise ValueError(
+                    f"sampler dopri5 cannot go on at t = {t:.3g}: {error}; take another, or larger tolerances"
+                ) from None
+            return torch.full_like(x, torch.nan)  # whoever asked names what is not finite
     return x

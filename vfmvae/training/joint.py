@@ -81,6 +81,15 @@ def check_width(model: TransformerConfig, width: int) -> None:
         )
 
 
+def check_classes(model: TransformerConfig, classes: int, data: str) -> None:
+    """ValueError where a label of `data` would be no class of the model."""
+    if classes > model.classes:
+        raise ValueError(
+            f"{data} has {classes} classes, and joint.model.classes is {model.classes}; give it at least as"
+            f" many"
+        )
+
+
 class LatentNorm(nn.Module):
     """Batch normalisation of latents [B, C, h, w] without affine, over all processes together.
 
@@ -219,14 +228,16 @@ def latents_measures(latents: Tensor) -> dict[str, Tensor]:
 
 
 class CollapseAlarm:
-    """Watches the two measures, against what they were when the run began."""
+    """Watches the two measures, against the most that they have been: a tokenizer that begins with random
+    weights has little of both at first.
+    """
 
     WARN, STOP = 0.1, 0.01
-    """Shares of the first values."""
+    """Shares of the most."""
 
-    def __init__(self, first: dict[str, float]) -> None:
-        """`first`: values that the run began with, filled here if it is empty; the caller stores it."""
-        self.first = first
+    def __init__(self, most: dict[str, float]) -> None:
+        """`most`: the highest values so far, kept up here; the caller stores it."""
+        self.most = most
         self._warned: set[str] = set()
 
     def check(self, means: dict[str, float]) -> list[str]:
@@ -234,10 +245,11 @@ class CollapseAlarm:
         found = []
         for name in (VARIANCE, VARIATION):
             value = means.get(name, math.nan)
-            if not math.isfinite(value) or name not in self.first and value == 0:
+            most = self.most[name] = max(self.most.get(name, 0.0), value if math.isfinite(value) else 0.0)
+            if not math.isfinite(value) or most == 0:
                 continue
-            share = value / self.first.setdefault(name, value)
-            sentence = f"{name} is {value:.3g}, {share:.2%} of the {self.first[name]:.3g} it began with"
+            share = value / most
+            sentence = f"{name} is {value:.3g}, {share:.2%} of the {most:.3g} it was at most"
             if share < self.STOP:
                 raise FloatingPointError(
                     f"the latents have collapsed: {sentence}; lower joint.weight, or raise the weights of the"

@@ -6,6 +6,7 @@ tokenizers and diffusion models are the job and the methods at the end of `Run`.
 
 from __future__ import annotations
 
+import math
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -153,7 +154,13 @@ class Run(ABC, Generic[J, E]):
         barrier()
         self.announce()
         if "initial" not in job.state.numbers:
-            job.state.numbers["initial"] = self.measure().quality
+            job.state.numbers["initial"] = quality = self.measure().quality
+            bad = [f"{name} {value}" for name, value in quality.items() if not math.isfinite(value)]
+            if bad:
+                raise ValueError(
+                    f"the evaluation before the first step is not finite ({', '.join(bad)}): the data, or the"
+                    f" models that the run begins with, hold values that are not"
+                )
         if not resumed:
             self.checkpoints.save(job.state)
             self.checkpoints.wait()  # data workers must not be forked beside a thread that writes
