@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,6 +41,7 @@ from tests.whole_runs import (
 )
 from vfmvae.config import TrainConfig
 from vfmvae.data import Photographs
+from vfmvae.recipes import demo
 from vfmvae.serialization import to_json
 from vfmvae.train import TokenizerRun
 from vfmvae.training.device import slow_on_cpu
@@ -376,6 +378,30 @@ def test_a_signal_while_models_load_ends_at_once(number: signal.Signals, code: i
     command = RunFolder(tmp_path / "run").resume_command()
     assert stopped() == f"stopped before the first step; go on with: {command}\n"
     assert saved_steps(tmp_path / "run")[-1] == 1
+
+
+def test_a_run_begins_with_a_saved_tokenizer_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """What it does not train comes from there too, and checkpoints do not hold it."""
+    run(cheap(steps=2, seed=3), tmp_path / "first")
+    begun = (stage(LossWeights(alignment=0.0), trains=("decoder",)),)
+    config = cheap(stages=begun, steps=4, initial=str(tmp_path / "first"))
+    run(config, tmp_path / "whole")
+    (evaluated, _), final = lines(tmp_path / "whole", "eval"), lines(tmp_path / "first", "eval")[-1]
+    assert evaluated["psnr"] == final["psnr"], "where the first one ended"
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "whole")
+    moved = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"decoder", "style"}, "the mean style is a running one"
+
+    stop_after(config, tmp_path / "stopped", step=2)
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")
+    run(replace(config, initial=str(tmp_path / "moved")), tmp_path / "stopped")
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    run(cheap(steps=1), tmp_path / "other")
+    with pytest.raises(ValueError, match="other holds other weights than the run began with; give the same"):
+        run(replace(config, steps=6, initial=str(tmp_path / "other")), tmp_path / "stopped")
+    with pytest.raises(ValueError, match="initial .*first: .* does not fit its config: .* build the run's"):
+        run(replace(config, tokenizer=demo().tokenizer), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_tracker_that_does_not_open_leaves_the_folder_free(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import vfmvae.train
-from vfmvae.config import TrainConfig
+from tests.tokenizer.tiny import tiny_tokenizer
+from vfmvae.config import TrainConfig, check_same_run
 from vfmvae.encoders.base import ViTConfig
 from vfmvae.recipes import RECIPES, demo
 from vfmvae.serialization import to_json
@@ -71,6 +72,19 @@ def test_dry_run_describes_the_recipe_and_writes_nothing(
         assert f"stage {stage.name}: {stage.images:,} images" in printed
     assert "memory, estimated: " in printed
     assert not list(Path().iterdir())
+
+
+def test_a_recipe_takes_the_architecture_of_the_tokenizer_that_it_begins_with(tmp_path: Path) -> None:
+    saved = tiny_tokenizer()
+    saved.save(tmp_path)
+    plain, options = ("--initial", str(tmp_path)), ("--joint.weight", "2")
+    launch, _ = parse_arguments(plain)
+    assert launch.run.tokenizer == saved.config and launch.run.initial == str(tmp_path)
+    launch, _ = parse_arguments(("--recipe", "joint_demo", *plain, *options))
+    assert launch.run.joint is not None and launch.run.joint.weight == 2
+    assert (launch.run.joint.model.channels, launch.run.joint.model.latent_size) == (8, 4)
+    with pytest.raises(ValueError, match="cannot change its initial from .* to None"):
+        check_same_run(replace(launch.run, initial=None), launch.run)
 
 
 def test_a_dry_run_needs_no_new_folder(

@@ -38,6 +38,9 @@ class TrainConfig(RunConfig):
     """One training run of a tokenizer."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    initial: str | None = None
+    """A saved tokenizer, a training run or a hub id whose weights, the encoder's too, training begins with;
+    its architecture replaces a recipe's. If not given: random weights behind a pretrained encoder."""
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     discriminator: ProjectedDiscriminatorConfig = field(default_factory=ProjectedDiscriminatorConfig)
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
@@ -163,6 +166,11 @@ def check_same_run(config: TrainConfig, earlier: TrainConfig) -> None:
         if before != now:
             values = f" from {before} to {now}" if isinstance(now, int | str | None) else ""
             raise ValueError(f"a resumed run cannot change its {name}{values}; start a new run instead")
+    if (config.initial is None) != (earlier.initial is None):
+        raise ValueError(
+            f"a resumed run cannot change its initial from {earlier.initial} to {config.initial}; start a new"
+            f" run instead"
+        )
     models = [None if c.joint is None else c.joint.model for c in (earlier, config)]
     if models[0] != models[1]:
         raise ValueError(

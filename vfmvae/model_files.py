@@ -5,6 +5,7 @@ What stands in config.json is the model's own affair (vfmvae.tokenizer.files, vf
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -46,6 +47,15 @@ def load_weights(model: nn.Module, path: Path, device: str | torch.device) -> No
     if wrong:
         raise ValueError(f"{path} does not fit its config: wrong shapes: {_some(wrong)}")
     fill(model, state, device)
+
+
+def file_hash(path_or_hub_id: str | Path) -> str:
+    """SHA-256 of a saved model's file of weights."""
+    digest = hashlib.sha256()
+    with open(find_model(path_or_hub_id) / MODEL_FILE, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def find_model(path_or_hub_id: str | Path) -> Path:

@@ -41,9 +41,10 @@ from vfmvae.inference import (
     say,
     write_picture,
 )
+from vfmvae.model_files import file_hash
 from vfmvae.sample_files import ARRAYS, GRID, SINGLES, ImagesUnderWay, begin, check_folder, finish
 from vfmvae.sample_labels import Protocol, check_even, class_numbers, describe_labels, label_of
-from vfmvae.sample_models import Models, check_path, file_hash, open_models
+from vfmvae.sample_models import Models, check_path, open_models
 from vfmvae.tokenizer.files import tokenizer_hash
 from vfmvae.training.device import pick_device
 from vfmvae.training.distributed import first_rank_first, lost_processes, place, process_group, wait_for_all

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from vfmvae.diffusion.files import load_transformer, tokenizer_hash_of
 from vfmvae.diffusion.flow import TimeConfig
 from vfmvae.images import to_uint8
 from vfmvae.inference import ModelOptions, dtype_name, open_tokenizer, say
-from vfmvae.model_files import CONFIG_FILE, MODEL_FILE, find_model
+from vfmvae.model_files import CONFIG_FILE, find_model
 from vfmvae.serialization import from_dict, read_json
 from vfmvae.tokenizer import Tokenizer
 from vfmvae.tokenizer.files import tokenizer_hash
@@ -170,12 +169,3 @@ def last_path(folder: Path) -> str | None:
     stages = read_json(folder / CONFIG_FILE).get("stages", ())
     paths = [stage.get("path") for stage in stages if isinstance(stage, Mapping)]
     return paths[-1] if paths else None
-
-
-def file_hash(name: str) -> str:
-    """SHA-256 of a model's file of weights."""
-    with open(find_model(name) / MODEL_FILE, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -76,8 +76,9 @@ class TokenizerRun(Run[Job, Evaluation]):
         self.alarm: CollapseAlarm | None = None
 
     def restore(self) -> bool:
-        """Also begins the watch over the latents of a joint run."""
+        """Also compares the initial weights, and begins the watch over the latents of a joint run."""
         found = super().restore()
+        self.job.check_initial()
         if self.job.joint is not None:
             if not found:
                 self.job.begin_joint()

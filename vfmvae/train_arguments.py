@@ -16,6 +16,7 @@ from vfmvae.config import TrainConfig, check_same_run, read_config
 from vfmvae.diffusion_config import DiffusionConfig, check_same_diffusion, read_diffusion_config
 from vfmvae.encoders import EncoderConfig
 from vfmvae.recipes import DIFFUSION_RECIPES, RECIPES, diffusion_demo_on
+from vfmvae.tokenizer.files import tokenizer_config
 from vfmvae.training.run_folder import RunFolder, latest_run_path, new_run_path
 
 DEFAULT_RECIPE = "demo"
@@ -75,8 +76,16 @@ class TrainCommand(NamedTuple, Generic[L, C]):
     """Defaults that follow from other options."""
 
 
-def _as_they_are(config: TrainConfig, first: argparse.Namespace) -> TrainConfig:
-    return config
+def _as_the_initial_one(config: TrainConfig, first: argparse.Namespace) -> TrainConfig:
+    """A recipe's tokenizer is built as the one that the run begins with, and its joint model fits that."""
+    if first.initial in (None, "None") or first.resume or first.config is not None:
+        return config
+    tokenizer, joint = tokenizer_config(first.initial), config.joint
+    if joint is not None:
+        side = tokenizer.resolution // tokenizer.downsample
+        model = replace(joint.model, channels=tokenizer.latent_channels, latent_size=side)
+        joint = replace(joint, model=model)
+    return replace(config, tokenizer=tokenizer, joint=joint, initial=first.initial)
 
 
 def _for_what_it_reads(config: DiffusionConfig, first: argparse.Namespace) -> DiffusionConfig:
@@ -99,7 +108,9 @@ def _for_what_it_reads(config: DiffusionConfig, first: argparse.Namespace) -> Di
     return config
 
 
-TOKENIZER = TrainCommand("train", Launch, RECIPES, DEFAULT_RECIPE, read_config, check_same_run, _as_they_are)
+TOKENIZER = TrainCommand(
+    "train", Launch, RECIPES, DEFAULT_RECIPE, read_config, check_same_run, _as_the_initial_one
+)
 DIFFUSION = TrainCommand(
     "train_diffusion",
     LaunchDiffusion,
@@ -151,6 +162,7 @@ def _first_pass(command: TrainCommand[L, C], arguments: list[str]) -> argparse.N
     parser.add_argument("--data")
     parser.add_argument("--latents")
     parser.add_argument("--tokenizer")
+    parser.add_argument("--initial")
     try:
         first = parser.parse_known_args(arguments)[0]
     except argparse.ArgumentError as error:

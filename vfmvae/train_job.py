@@ -13,6 +13,7 @@ from vfmvae.data import Fault, Images, Request, choose_backend, load_batches, op
 from vfmvae.discriminators.blur import Blur, blur_sigma, reach_of
 from vfmvae.images import to_unit
 from vfmvae.losses.schedule import WeightSchedule
+from vfmvae.model_files import file_hash
 from vfmvae.tokenizer.parts import set_trained
 from vfmvae.train_networks import (
     build_forward,
@@ -151,6 +152,18 @@ class Job:
 
     def _guard(self) -> StepGuard:
         return StepGuard(self.config.safety, self.device, scaled=self._dtype == torch.float16)
+
+    def check_initial(self) -> None:
+        """ValueError where the initial weights are not those that the run began with: checkpoints do not hold
+        what never trains.
+        """
+        if self.config.initial is None:
+            return
+        now = file_hash(self.config.initial)
+        if self.state.numbers.setdefault("initial_weights", now) != now:
+            raise ValueError(
+                f"initial {self.config.initial} holds other weights than the run began with; give the same"
+            )
 
     @torch.no_grad()
     def begin_joint(self) -> None:

@@ -18,6 +18,7 @@ from vfmvae.encoders import build_encoder
 from vfmvae.encoders.fp8 import use_fp8
 from vfmvae.losses.perceptual import LPIPS, VGG16, PerceptualNetwork, perceptual_network
 from vfmvae.tokenizer import Tokenizer
+from vfmvae.tokenizer.files import build_with_weights
 from vfmvae.tokenizer.parts import part_modules
 from vfmvae.training.adversary import TERMS_OF, PatchAdversary, ProjectedAdversary
 from vfmvae.training.distributed import world_size
@@ -38,7 +39,10 @@ def build_forward(
 ) -> TrainingForward:
     """The tokenizer as a step calls it: compiled, sharded and recomputed as the engine's options say."""
     torch.manual_seed(config.seed)
-    tokenizer = Tokenizer(config.tokenizer, "pretrained" if pretrained else None, config.fused)
+    if config.initial is not None:
+        tokenizer = build_initial(config, config.initial, device)
+    else:
+        tokenizer = Tokenizer(config.tokenizer, "pretrained" if pretrained else None, config.fused)
     tokenizer.train().to(device).compute_dtype = dtype
     tokenizer.encoder.always_bfloat16 = dtype == torch.bfloat16  # on a CPU too
     forward, engine = TrainingForward(tokenizer), config.engine
@@ -53,6 +57,17 @@ def build_forward(
         compile_blocks(of_decoder, engine.compile)
     compile_blocks(of_encoder, engine.compile)
     return forward
+
+
+def build_initial(config: TrainConfig, initial: str, device: torch.device) -> Tokenizer:
+    """The tokenizer with the weights of a saved one; ValueError where it is built otherwise."""
+    try:
+        return build_with_weights(config.tokenizer, initial, device, config.fused)
+    except ValueError as error:
+        raise ValueError(
+            f"initial {initial}: {error}; build the run's tokenizer as that one (its config.json), or leave"
+            f" initial out"
+        ) from None
 
 
 def build_joint(

@@ -39,12 +39,22 @@ def load_tokenizer(
     Returns it on `device`, in eval mode. Raises ValueError where something is missing, damaged or does not
     fit.
     """
-    folder = find_model(path_or_hub_id)
-    config = _read_config(folder / CONFIG_FILE)
+    return build_with_weights(tokenizer_config(path_or_hub_id), path_or_hub_id, device, fused).eval()
+
+
+def tokenizer_config(path_or_hub_id: str | Path) -> TokenizerConfig:
+    """Of a saved tokenizer or a training run; ValueError where there is none."""
+    return _read_config(find_model(path_or_hub_id) / CONFIG_FILE)
+
+
+def build_with_weights(
+    config: TokenizerConfig, path_or_hub_id: str | Path, device: str | torch.device, fused: bool
+) -> Tokenizer:
+    """A tokenizer of this configuration with the weights of a saved one; ValueError where they do not fit."""
     with without_parameters():
         tokenizer = Tokenizer(config, encoder_weights=None, fused=fused)
-    load_weights(tokenizer, folder / MODEL_FILE, device)
-    return tokenizer.to(device).eval()  # what is in no file moves too
+    load_weights(tokenizer, find_model(path_or_hub_id) / MODEL_FILE, device)
+    return tokenizer.to(device)  # what is in no file moves too
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
