@@ -11,6 +11,7 @@ import pytest
 from vfmvae.config import PerceptualConfig, TrainConfig, check_same_run, read_config
 from vfmvae.recipes import demo
 from vfmvae.serialization import to_json
+from vfmvae.tokenizer import BottleneckConfig
 from vfmvae.tokenizer.equivariance import EquivarianceConfig
 from vfmvae.training.ema import EmaConfig
 from vfmvae.training.engine import EngineConfig
@@ -250,3 +251,26 @@ def test_groups_of_another_size_than_the_whole_batchs_are_a_warning() -> None:
     assert warnings(2, images=12) == [], "the whole batch has groups of 6 too"
     (warning,) = warnings(8)
     assert "over groups of 4 images, as 4 are computed at once, and not over 8" in warning
+
+
+def test_what_trains_nothing_is_refused_or_said() -> None:
+    gaussian, (first, second) = demo(), demo().stages
+    with pytest.raises(
+        ValueError, match="'sharpen' trains 'bottleneck' alone, and a Gaussian one has no param"
+    ):
+        alone = replace(second, trains=("bottleneck",), losses=LossWeights(alignment=0.0))
+        replace(gaussian, stages=(first, alone))
+    with pytest.raises(ValueError, match="'reconstruct' has losses.entropy, which a discrete bottleneck has"):
+        replace(gaussian, stages=(replace(first, losses=LossWeights(entropy=0.1)),))
+    code = replace(first, losses=LossWeights(quantization=3.0))
+    assert replace(gaussian, stages=(code,)).warnings() == [
+        "stage 'reconstruct': losses.quantization is 3, and a gaussian bottleneck has none"
+    ]
+    discrete = replace(gaussian.tokenizer, bottleneck=BottleneckConfig(kind="discrete"))
+    (warning,) = replace(
+        gaussian, stages=(replace(first, losses=LossWeights(kl=1.0)),), tokenizer=discrete
+    ).warnings()
+    assert warning == "stage 'reconstruct': losses.kl is 1, and a discrete bottleneck has none"
+    assert replace(gaussian, steps=2).warnings() == [
+        "stage 'sharpen' gets no update: its 800 images are too few of --steps 2"
+    ]

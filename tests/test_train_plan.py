@@ -78,12 +78,13 @@ def test_counts_are_those_of_the_real_model(fused: bool) -> None:
 
 def test_schedules_and_absent_terms_are_said() -> None:
     schedules = (TermSchedule(term="l1", start=2000, ramp=500), TermSchedule(term="ssim", end=9000))
-    losses = LossWeights(ssim=0.5, entropy=1.0)
+    losses = LossWeights(ssim=0.5)
     gaussian = description(tiny(stages=(stage(losses, images=20_000, schedules=schedules),)))
     assert "l1 1 (from 2,000 rising over 500 images)" in gaussian
     assert "ssim 0.5 (until 9,000 images)" in gaussian
     assert "kl" in gaussian and "entropy" not in gaussian and "quantization" not in gaussian
     discrete = replace(tiny().tokenizer, bottleneck=BottleneckConfig(kind="discrete", codebooks=2, codes=64))
+    losses = LossWeights(ssim=0.5, entropy=1.0)
     shown = description(tiny(stages=(stage(losses),), tokenizer=discrete))
     assert "kl" not in shown and "entropy 1" in shown and "quantization 1" in shown
 

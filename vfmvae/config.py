@@ -5,7 +5,7 @@ A complete one comes from a recipe (vfmvae.recipes) or from a run's config.json.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from vfmvae.training.engine import EngineConfig
 from vfmvae.training.joint import JointConfig
 from vfmvae.training.rates import check_parts
 from vfmvae.training.run_config import RunConfig, shared_batch
-from vfmvae.training.stages import ADVERSARIAL_TERMS, StageConfig, StagePlan
+from vfmvae.training.stages import ADVERSARIAL_TERMS, LossWeights, StageConfig, StagePlan
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,17 @@ class TrainConfig(RunConfig):
             raise ValueError("joint.model is not sharded: use engine.parallel 'ddp' with it")
 
     def _check_stage(self, stage: StageConfig) -> None:
+        gaussian = self.tokenizer.bottleneck.kind != "discrete"
+        if gaussian and set(stage.trains) == {"bottleneck"}:
+            raise ValueError(
+                f"stage {stage.name!r} trains 'bottleneck' alone, and a Gaussian one has no parameters; name"
+                f" another part in trains"
+            )
+        if gaussian and stage.losses.entropy:
+            raise ValueError(
+                f"stage {stage.name!r} has losses.entropy, which a discrete bottleneck has"
+                f" (tokenizer.bottleneck.kind), and this tokenizer's is Gaussian"
+            )
         if stage.losses.alignment and -1 not in self.tokenizer.encoder.layers:
             raise ValueError(
                 f"stage {stage.name!r}: losses.alignment compares with the encoder's last layer;"
@@ -134,7 +145,25 @@ class TrainConfig(RunConfig):
         return images
 
     def warnings(self, processes: int = 1) -> list[str]:
-        """What is computed otherwise than for the whole batch at once, though it may be meant."""
+        """Without effect, or computed otherwise than for the whole batch at once, which may be meant."""
+        return [*self._without_effect(), *self._other_groups(processes)]
+
+    def _without_effect(self) -> Iterator[str]:
+        kind = self.tokenizer.bottleneck.kind
+        absent = "kl" if kind == "discrete" else "quantization"
+        for stage, updates in zip(self.stages, self.plan().lengths, strict=True):
+            weight = getattr(stage.losses, absent)
+            if weight and weight != getattr(LossWeights(), absent):
+                yield (
+                    f"stage {stage.name!r}: losses.{absent} is {weight:g}, and a {kind} bottleneck has none"
+                )
+            if not updates:
+                yield (
+                    f"stage {stage.name!r} gets no update: its {stage.images:,} images are too few of"
+                    f" --steps {self.steps}"
+                )
+
+    def _other_groups(self, processes: int) -> list[str]:
         adversarial = any(getattr(s.losses, term) for s in self.stages for term in ADVERSARIAL_TERMS)
         at_once = self.images_at_once(processes)
         if not adversarial or at_once == self.batch_size:

@@ -49,3 +49,40 @@ def test_a_tensor_on_another_device_is_named(
         elsewhere = tensors | {name: tensors[name].to("meta")}
         with pytest.raises(ValueError, match=f"{name} is on meta, x on cpu"):
             function(x=x, **elsewhere, **others, fused=fused)
+
+
+MAPS = [*OPERATIONS, (ops.channel_rms_norm, {"gamma": (C,)}, {})]
+
+
+@pytest.mark.parametrize(("function", "shapes", "others"), MAPS, ids=lambda of: getattr(of, "__name__", ""))
+def test_what_is_no_map_of_numbers_is_named(
+    function: Callable[..., Tensor], shapes: dict[str, tuple[int, ...]], others: dict[str, int]
+) -> None:
+    x, tensors = torch.randn(B, C, SIDE, SIDE), {n: torch.randn(s) for n, s in shapes.items()}
+    for fused in (True, False):
+        for wrong in (x[0], x.long()):
+            with pytest.raises(ValueError, match=r"x must be a floating point \[B, C, H, W\], not"):
+                function(x=wrong, **tensors, **others, fused=fused)
+
+
+def test_the_gamma_of_a_norm_has_the_channels_of_its_map() -> None:
+    for shape in ((1,), (C + 1,)):
+        with pytest.raises(ValueError, match=rf"gamma is \[{shape[0]}\]; for x .* it must be \[8\]"):
+            ops.channel_rms_norm(torch.randn(B, C, SIDE, SIDE), torch.ones(shape))
+
+
+@pytest.mark.parametrize(("function", "shapes", "others"), MAPS, ids=lambda of: getattr(of, "__name__", ""))
+def test_torch_func_looks_into_the_reference(
+    function: Callable[..., Tensor], shapes: dict[str, tuple[int, ...]], others: dict[str, int]
+) -> None:
+    x = torch.randn(B, C, SIDE, SIDE, dtype=torch.float64)
+    tensors = {n: torch.rand(s).double() + 0.5 for n, s in shapes.items()}
+
+    def loss(x: Tensor) -> Tensor:
+        return function(x=x, **tensors, **others).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    _, along = torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(along, expected.sum())

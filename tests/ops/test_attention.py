@@ -45,3 +45,14 @@ def test_attention_agrees(shape: tuple[int, ...], head_mean: bool) -> None:
 def test_a_lone_null_key_is_refused() -> None:
     with pytest.raises(ValueError, match="null_key and null_value come together"):
         ops.attention(*qkv(1, 1, 2, 2), null_key=torch.randn(1, 2))
+
+
+@pytest.mark.parametrize("keys", [1, 8, 15, 16, 17])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_what_is_not_a_number_is_not_lost(which: str, keys: int) -> None:
+    """Torch's kernel for CPUs makes zeros of a query of NaN where there are fewer than 16 keys."""
+    given = {name: torch.randn(1, 2, keys, 16) for name in ("query", "key", "value")}
+    given[which][0, 0, 0, 1] = torch.nan
+    found, expected = ops.attention(**given), ops.attention(**given, fused=False)
+    assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().any()
+    torch.testing.assert_close(found, expected, equal_nan=True)

@@ -259,3 +259,12 @@ def test_a_residual_of_another_dtype_is_converted(fused: bool) -> None:
     residual, *others = mlp_inputs(2, 8, 3, 3)
     y = ops.modulated_mlp(residual.bfloat16(), *others, fused=fused)
     assert torch.equal(y, ops.modulated_mlp(residual.bfloat16().float(), *others, fused=fused))
+
+
+def test_small_styles_in_float16_are_demodulated() -> None:
+    """Their squares, and the epsilon beside them, are 0 in float16."""
+    given = [torch.randn(1, 8, 3, 3), torch.randn(1, 8, 3, 3), torch.full((1, 8), 1e-4)]
+    given += [torch.randn(32, 8), torch.randn(32), torch.randn(8, 32), torch.randn(8), torch.randn(8)]
+    expected = ops.modulated_mlp(*(t.half().double() for t in given), fused=False)
+    found = ops.modulated_mlp(*(t.half() for t in given), fused=False)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=5e-2)

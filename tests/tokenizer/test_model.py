@@ -161,7 +161,9 @@ def test_bad_latents_are_named() -> None:
     with pytest.raises(ValueError, match="latents have dtype torch.int64"):
         tiny_tokenizer().decode(torch.zeros(1, 8, 4, 4, dtype=torch.int64))
     for shape in [(1, 4, 4, 4), (1, 8, 4, 6), (8, 4, 4), (1, 8, 0, 4)]:
-        with pytest.raises(ValueError, match=r"needed is \[B, 8, h, w\] with h and w in multiples of 4"):
+        with pytest.raises(
+            ValueError, match=r"needed is \[B, 8, h, w\] with B at least 1, and h and w in multiples of 4"
+        ):
             tiny_tokenizer().decode(torch.zeros(shape))
 
 

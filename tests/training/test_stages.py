@@ -89,7 +89,9 @@ def test_bad_stages_are_refused(changes: dict[str, object], message: str) -> Non
 def test_losses_that_cannot_train_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no loss asks for a reconstruction; give one of losses\.\{l1,l2,"):
         LossWeights(l1=0, multiscale_l1=0)
-    assert LossWeights(l1=0, multiscale_l1=0, adversarial=1.0).adversarial == 1.0
+    assert LossWeights(l1=0, multiscale_l1=0, adversarial=1.0, alignment=0.0).adversarial == 1.0
+    with pytest.raises(ValueError, match="adaptive_alignment compares with the image losses; give one of"):
+        LossWeights(l1=0, multiscale_l1=0, adversarial=1.0)
     with pytest.raises(ValueError, match="adaptive_adversarial balances losses.adversarial and losses.patch"):
         LossWeights(adaptive_adversarial=True, feature_matching=1.0)
     message = r"adaptive_adversarial compares with the image losses; give one of losses.\{l1,l2,perceptual,"
@@ -104,7 +106,14 @@ def test_losses_that_cannot_train_are_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"blur_sigma": 5.0}, "blur_images 0, so nothing would be blurred"),
+        (
+            {"losses": LossWeights(adversarial=1.0), "blur_sigma": 5.0},
+            "blur_images 0, so nothing would be blurred",
+        ),
+        (
+            {"losses": LossWeights(), "blur_sigma": 5.0, "blur_images": 10},
+            "blur_sigma is 5.0, and there is no discriminator to blur images for",
+        ),
         (
             {"losses": LossWeights(), "schedules": (TermSchedule(term="adversarial", start=5),)},
             "schedule for losses.adversarial, whose weight is 0",

@@ -11,6 +11,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
+def check_maps(x: Tensor) -> None:
+    """ValueError unless x is a floating point [B, C, H, W]."""
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be a floating point [B, C, H, W], not {x.dtype} {list(x.shape)}")
+
+
 def check_tensors(x: Tensor, *rows: tuple[str, Tensor | None, Sequence[int]]) -> None:
     """Checks arguments beside x, each given as its name, the tensor (or None) and the shape it must have.
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfmvae.ops import native
-from vfmvae.ops.arguments import check_tensors
+from vfmvae.ops.arguments import check_maps, check_tensors
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 from vfmvae.ops.gradients import weight_gradients_wanted
 from vfmvae.ops.operation import Autograd, operation
@@ -45,6 +45,7 @@ def depthwise_conv2d(
     Raises:
         ValueError: an even k, tensors of other shapes or on other devices.
     """
+    check_maps(x)
     check_kernel("weight", weight)
     _, channels, *sides = x.shape
     size = weight.shape[-1]
@@ -344,6 +345,7 @@ def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, f
     Raises:
         ValueError: tensors of other shapes or on other devices.
     """
+    check_maps(x)
     outputs = weight.shape[0]
     check_tensors(x, ("weight", weight, (outputs, x.shape[1])), ("bias", bias, (outputs,)))
     return _POINTWISE(fused, x, weight, bias)

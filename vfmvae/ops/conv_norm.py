@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vfmvae.ops import norm_cuda
-from vfmvae.ops.arguments import check_tensors
+from vfmvae.ops.arguments import check_maps, check_tensors
 from vfmvae.ops.conv import (
     check_kernel,
     depthwise_conv2d,
@@ -47,6 +47,7 @@ def depthwise_group_norm(
     Raises:
         ValueError: an even k, groups that do not divide C, tensors of other shapes or on other devices.
     """
+    check_maps(x)
     check_kernel("conv_weight", conv_weight)
     check_groups(x, groups)
     batch, channels, *sides = x.shape

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vfmvae.ops import conv_norm, mlp_triton
-from vfmvae.ops.arguments import check_tensors
+from vfmvae.ops.arguments import check_maps, check_tensors
 from vfmvae.ops.conv import check_kernel
 from vfmvae.ops.conv_norm import depthwise_group_norm
 from vfmvae.ops.demodulation import demodulation
@@ -80,6 +80,7 @@ def modulated_convnext(
     Raises:
         ValueError: an even k, groups that do not divide C, tensors of other shapes or on other devices.
     """
+    check_maps(x)
     check_kernel("conv_weight", conv_weight)
     check_groups(x, groups)
     _, channels, *sides = x.shape

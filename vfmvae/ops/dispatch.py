@@ -86,6 +86,8 @@ class Op:
 
     def _first(self, args: tuple[Any, ...]) -> tuple[Implementation | None, list[_Refusal]]:
         """The first implementation without an objection, and those before it."""
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            return None, []  # torch.func transforms what it can look into
         refused: list[_Refusal] = []
         for implementation in self.implementations:
             objection = implementation.why_not(*args)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfmvae.ops import mlp_cpu, mlp_triton, to_rgb_triton
-from vfmvae.ops.arguments import check_tensors
+from vfmvae.ops.arguments import check_maps, check_tensors
 from vfmvae.ops.demodulation import DEMODULATION_EPS, demodulation
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 
@@ -48,6 +48,7 @@ def modulated_mlp(
     Raises:
         ValueError: tensors of other shapes or on other devices.
     """
+    check_maps(x)
     weights = (expand_weight, expand_bias, contract_weight, contract_bias, gamma)
     check_tensors(x, ("residual", residual, x.shape), *rows_of_mlp(x, style, *weights))
     return _MODULATED_MLP(fused, residual.to(x.dtype), x, style, *weights)
@@ -78,7 +79,8 @@ def rows_of_mlp(
 def modulated_mlp_reference(
     residual: Tensor, x: Tensor, style: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, gamma: Tensor
 ) -> Tensor:
-    weight = w1 * style[:, None, :]  # [B, E, C]
+    wide = torch.float64 if torch.float64 in (style.dtype, w1.dtype) else torch.float32
+    weight = w1.to(wide) * style[:, None, :].to(wide)  # [B, E, C]; in float16 the epsilon would be 0
     weight = weight * (weight.square().sum(dim=2, keepdim=True) + DEMODULATION_EPS).rsqrt()
     hidden = F.gelu(_grouped_conv1x1(x, weight) + b1[:, None, None].to(x.dtype))  # [B, E, H, W]
     y = F.conv2d(hidden, w2[:, :, None, None].to(x.dtype), b2.to(x.dtype)).to(x.dtype)  # autocast has its own
@@ -146,6 +148,7 @@ def modulated_to_rgb(
     Raises:
         ValueError: tensors of other shapes or on other devices.
     """
+    check_maps(x)
     batch, channels, *_ = x.shape
     colours = weight.shape[0]
     check_tensors(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vfmvae.ops import native, norm_cuda
-from vfmvae.ops.arguments import check_tensors
+from vfmvae.ops.arguments import check_maps, check_tensors
 from vfmvae.ops.dispatch import Fused, Implementation, Op, always
 from vfmvae.ops.operation import Autograd, operation
 
@@ -61,6 +61,7 @@ def group_norm(
 def _check(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, activation: str | None, style: Tensor | None
 ) -> None:
+    check_maps(x)
     check_groups(x, groups)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
@@ -261,7 +262,13 @@ def _why_not_compiled_first(x: Tensor, *_: object) -> str | None:
 
 
 def channel_rms_norm(x: Tensor, gamma: Tensor, *, fused: Fused = True) -> Tensor:
-    """x / |x| * sqrt(C) * gamma with the norm over channels; x [B, C, H, W], gamma [C]."""
+    """x / |x| * sqrt(C) * gamma with the norm over channels; x [B, C, H, W], gamma [C].
+
+    Raises:
+        ValueError: tensors of other shapes or on other devices.
+    """
+    check_maps(x)
+    check_tensors(x, ("gamma", gamma, (x.shape[1],)))
     return _CHANNEL_RMS_NORM(fused, x, gamma)
 
 

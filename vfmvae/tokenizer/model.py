@@ -331,10 +331,11 @@ class Tokenizer(nn.Module):
 
     def _check_latents(self, latents: Tensor, multiple: int) -> None:
         channels = self.config.latent_channels
-        needed = f"[B, {channels}, h, w] with h and w in multiples of {multiple}"
+        needed = f"[B, {channels}, h, w] with B at least 1, and h and w in multiples of {multiple}"
         check_is_tensor(latents, "latents", needed)
         if (
             latents.ndim != 4
+            or not len(latents)
             or latents.shape[1] != channels
             or any(s % multiple or not s for s in latents.shape[2:])
         ):

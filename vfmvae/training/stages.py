@@ -74,6 +74,11 @@ class LossWeights:
                 f"no loss asks for a reconstruction; give one of losses."
                 f"{{{','.join((*IMAGE_TERMS, *ADVERSARIAL_TERMS))}}} a weight"
             )
+        if self.alignment and self.adaptive_alignment and not any(getattr(self, t) for t in IMAGE_TERMS):
+            raise ValueError(
+                f"losses.adaptive_alignment compares with the image losses; give one of"
+                f" losses.{{{','.join(IMAGE_TERMS)}}} a weight, or turn it off"
+            )
         if self.adaptive_adversarial:
             self._check_adaptive()
         if self.r1 and not self.adversarial:
@@ -177,6 +182,11 @@ class StageConfig:
             raise ValueError(
                 f"stage {self.name!r}: blur_sigma {self.blur_sigma} and blur_images {self.blur_images}"
                 f" must not be negative"
+            )
+        if self.blur_sigma and not any(getattr(self.losses, term) for term in ADVERSARIAL_TERMS):
+            raise ValueError(
+                f"stage {self.name!r}: blur_sigma is {self.blur_sigma}, and there is no discriminator to blur"
+                f" images for; give one of losses.{{{','.join(ADVERSARIAL_TERMS)}}} a weight, or take it away"
             )
         if self.blur_sigma and not self.blur_images:
             raise ValueError(
