@@ -237,7 +237,8 @@ def test_a_step_without_any_term_changes_nothing() -> None:
 
 
 def test_the_blur_fades_with_the_images() -> None:
-    ready = built(stage(PLAIN, images=8, blur_sigma=2.0, blur_images=4))
+    losses = replace(PLAIN, adversarial=0.1)
+    ready = built(stage(losses, images=8, blur_sigma=2.0, blur_images=4))
     found = []
     for ready.state.step in range(4):
         ready.begin_step()
