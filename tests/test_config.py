@@ -260,11 +260,11 @@ def test_what_trains_nothing_is_refused_or_said() -> None:
     ):
         alone = replace(second, trains=("bottleneck",), losses=LossWeights(alignment=0.0))
         replace(gaussian, stages=(first, alone))
-    with pytest.raises(ValueError, match="'reconstruct' has losses.entropy, which a discrete bottleneck has"):
-        replace(gaussian, stages=(replace(first, losses=LossWeights(entropy=0.1)),))
-    code = replace(first, losses=LossWeights(quantization=3.0))
+    code = replace(first, losses=LossWeights(quantization=3.0, entropy=0.1), blur_sigma=2.0, blur_images=9)
     assert replace(gaussian, stages=(code,)).warnings() == [
-        "stage 'reconstruct': losses.quantization is 3, and a gaussian bottleneck has none"
+        "stage 'reconstruct': losses.quantization is 3, and a gaussian bottleneck has none",
+        "stage 'reconstruct': losses.entropy is 0.1, and a gaussian bottleneck has none",
+        "stage 'reconstruct': blur_sigma is 2, and there is no discriminator to blur images for",
     ]
     discrete = replace(gaussian.tokenizer, bottleneck=BottleneckConfig(kind="discrete"))
     (warning,) = replace(

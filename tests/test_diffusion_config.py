@@ -150,8 +150,9 @@ def test_a_run_on_images_keeps_the_latents_that_it_learns() -> None:
 
 def test_pictures_by_the_sde_are_of_the_linear_path() -> None:
     evaluation = EvaluationConfig(sampling=Sampling("sde"))
+    bent = tiny(latents="made", evaluation=evaluation, stages=(stage(name="bent", path="cosine"),))
     with pytest.raises(ValueError, match="sampler sde is for the linear path, and stage 'bent' learns"):
-        tiny(latents="made", evaluation=evaluation, stages=(stage(name="bent", path="cosine"),))
+        DiffusionJob(bent)
 
 
 def test_a_batch_is_shared_by_processes_and_parts() -> None:

@@ -220,8 +220,10 @@ def test_a_guide_of_another_path_or_tokenizer_is_refused(
 ) -> None:
     given = ["--tokenizer", tiny, "--output", tmp_path / "out", "--guidance", "2", "--guide"]
     strange = save_diffusion(tmp_path / "strange", tokenizer="s" * 64)
-    assert run(module, diffusion, *given, strange) == 1
+    assert run(module, diffusion, *given, strange) == 2
     assert "the guide was trained on latents of another tokenizer" in capsys.readouterr().err
+    assert run(module, diffusion, *given, strange, "--other-tokenizer", "--count", "1", "--steps", "1") == 0
+    shutil.rmtree(tmp_path / "out")
     straight, bent = (
         of_a_run(save_diffusion(tmp_path / path), stages=[{"path": path}]) for path in ("linear", "cosine")
     )

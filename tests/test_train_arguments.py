@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 import vfmvae.train
+from tests.diffusion.test_transformer import TINY, randomised
 from tests.tokenizer.tiny import tiny_tokenizer
+from vfmvae.cli import UsageError
 from vfmvae.config import TrainConfig, check_same_run
+from vfmvae.diffusion.files import save_transformer
 from vfmvae.encoders.base import ViTConfig
 from vfmvae.recipes import RECIPES, demo
 from vfmvae.serialization import to_json
@@ -83,6 +86,16 @@ def test_a_recipe_takes_the_architecture_of_the_tokenizer_that_it_begins_with(tm
     launch, _ = parse_arguments(("--recipe", "joint_demo", *plain, *options))
     assert launch.run.joint is not None and launch.run.joint.weight == 2
     assert (launch.run.joint.model.channels, launch.run.joint.model.latent_size) == (8, 4)
+    # Flags may mend what a recipe and the tokenizer do not agree on.
+    large = ("--recipe", "vfm_vae_siglip2_large", *plain)
+    stages = [
+        f"--stages.{n}.equivariance.{what}-probability" for n in range(4) for what in ("latent", "image")
+    ]
+    launch, _ = parse_arguments((*large, *(part for flag in stages for part in (flag, "0"))))
+    assert launch.run.tokenizer == saved.config
+    save_transformer(randomised(TINY), tmp_path / "diffusion")
+    with pytest.raises(UsageError, match="diffusion is a diffusion model; give a tokenizer"):
+        parse_arguments(("--initial", str(tmp_path / "diffusion")))
     with pytest.raises(ValueError, match="cannot change its initial from .* to None"):
         check_same_run(replace(launch.run, initial=None), launch.run)
 

@@ -87,11 +87,6 @@ class TrainConfig(RunConfig):
                 f"stage {stage.name!r} trains 'bottleneck' alone, and a Gaussian one has no parameters; name"
                 f" another part in trains"
             )
-        if gaussian and stage.losses.entropy:
-            raise ValueError(
-                f"stage {stage.name!r} has losses.entropy, which a discrete bottleneck has"
-                f" (tokenizer.bottleneck.kind), and this tokenizer's is Gaussian"
-            )
         if stage.losses.alignment and -1 not in self.tokenizer.encoder.layers:
             raise ValueError(
                 f"stage {stage.name!r}: losses.alignment compares with the encoder's last layer;"
@@ -150,12 +145,18 @@ class TrainConfig(RunConfig):
 
     def _without_effect(self) -> Iterator[str]:
         kind = self.tokenizer.bottleneck.kind
-        absent = "kl" if kind == "discrete" else "quantization"
+        absent = ("kl",) if kind == "discrete" else ("quantization", "entropy")
         for stage, updates in zip(self.stages, self.plan().lengths, strict=True):
-            weight = getattr(stage.losses, absent)
-            if weight and weight != getattr(LossWeights(), absent):
+            for term in absent:
+                weight = getattr(stage.losses, term)
+                if weight and weight != getattr(LossWeights(), term):
+                    yield (
+                        f"stage {stage.name!r}: losses.{term} is {weight:g}, and a {kind} bottleneck has none"
+                    )
+            if stage.blur_sigma and not any(getattr(stage.losses, term) for term in ADVERSARIAL_TERMS):
                 yield (
-                    f"stage {stage.name!r}: losses.{absent} is {weight:g}, and a {kind} bottleneck has none"
+                    f"stage {stage.name!r}: blur_sigma is {stage.blur_sigma:g}, and there is no discriminator"
+                    f" to blur images for"
                 )
             if not updates:
                 yield (

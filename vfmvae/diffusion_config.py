@@ -82,6 +82,9 @@ class DiffusionConfig(RunConfig):
             raise ValueError(f"statistics_images is {self.statistics_images}; it must be at least 2")
         for stage in self.stages:
             self._check_stage(stage)
+
+    def check_sampler(self) -> None:
+        """ValueError where pictures would be made by the SDE of another path than the model's."""
         cosine = [stage.name for stage in self.stages if stage.path == "cosine"]
         if cosine and self.evaluation.sampling.sampler == "sde":
             raise ValueError(

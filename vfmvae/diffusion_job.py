@@ -40,6 +40,7 @@ class DiffusionJob:
     """
 
     def __init__(self, config: DiffusionConfig) -> None:
+        config.check_sampler()
         self.config = config
         self.device = run_device(config.device)
         if config.threads is not None:
@@ -108,20 +109,29 @@ class DiffusionJob:
         """
         model, known = self.transformer, self.state.numbers.get("statistics", False)
         began = known or self.config.initial is not None
-        if known and self.config.latents is None:
-            return  # measured on images when this run began
+        if self.config.latents is None and (known or self._same_tokenizer()):
+            self.state.numbers["statistics"] = True
+            return  # measured on images when this run, or that of the first weights, began
         mean, std = (x.to(self.device) for x in self.source.statistics())
         if not began:
             model.latents_mean.copy_(mean)
             model.latents_std.copy_(std)
             self.ema.update(1.0)  # buffers are copied
         elif not _alike(model, mean, std, *((1e-3, 1e-3) if self.config.initial is None else LOOSELY)):
-            whose = "the run's checkpoint" if known else self.config.initial
+            whose = "the run's checkpoint" if known else f"initial {self.config.initial}"
+            remedy = "start a new run" if known else "leave initial out"
             raise ValueError(
                 f"the latents of {self.source.name} have other statistics than those that {whose} was trained"
-                f" on; give the same latents, or start a new run without it"
+                f" on; give the same latents and tokenizer, or {remedy}"
             )
         self.state.numbers["statistics"] = True
+
+    def _same_tokenizer(self) -> bool:
+        """Whether the initial model is known to be of this tokenizer's latents."""
+        if self.config.initial is None:
+            return False
+        known = tokenizer_hash_of(find_model(self.config.initial))
+        return known is not None and known == self.source.tokenizer_hash
 
     def check_tokenizer(self) -> None:
         """ValueError where the latents are those of another tokenizer than before."""

@@ -19,6 +19,7 @@ BYTES_PER_PARAMETER = 4 + 4 + 8 + 4
 
 def describe(config: DiffusionConfig, console: Console) -> None:
     """Print the plan of a run; ValueError for a batch that cannot be shared as the engine is asked to."""
+    config.check_sampler()
     plan, at_once, model = config.plan(), config.images_at_once(), config.diffusion
     if config.latents is not None and Path(config.latents).exists():
         # What is wrong with a folder is found here too.

@@ -32,6 +32,11 @@ def write_state(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
 
 def load_weights(model: nn.Module, path: Path, device: str | torch.device) -> None:
     """Fill a model from a safetensors file, strictly, onto `device`; ValueError says what does not fit."""
+    fill(model, fitting_weights(model, path), device)
+
+
+def fitting_weights(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that are those of a model by name and shape; else ValueError."""
     state = read_safetensors(path)
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -46,7 +51,7 @@ def load_weights(model: nn.Module, path: Path, device: str | torch.device) -> No
     ]
     if wrong:
         raise ValueError(f"{path} does not fit its config: wrong shapes: {_some(wrong)}")
-    fill(model, state, device)
+    return dict(state)
 
 
 def file_hash(path_or_hub_id: str | Path) -> str:
@@ -55,6 +60,15 @@ def file_hash(path_or_hub_id: str | Path) -> str:
     with open(find_model(path_or_hub_id) / MODEL_FILE, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_hash(path_or_hub_id: str | Path, prefixes: tuple[str, ...]) -> str:
+    """SHA-256 of a saved model's weights whose names begin like one of these."""
+    state, digest = read_safetensors(find_model(path_or_hub_id) / MODEL_FILE), hashlib.sha256()
+    for name in sorted(name for name in state if name.startswith(prefixes)):
+        digest.update(f"{name} {state[name].dtype} {tuple(state[name].shape)}".encode())
+        digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -62,7 +62,7 @@ def open_models(
     guiding = None if guide is None else _open_diffusion(guide, options, console)
     folder = find_model(name)
     if guide is not None:
-        check_guide(folder, find_model(guide))
+        check_guide(folder, find_model(guide), other_tokenizer)
     training = read_json(folder / CONFIG_FILE)
     shift = training_shift(training, diffusion)
     its_own = training.get("tokenizer") or tokenizer_beside(folder)
@@ -130,14 +130,17 @@ def check_fit(models: Models) -> None:
             raise ValueError(f"the guide was trained on other latents: its {name} differs from the model's")
 
 
-def check_guide(model: Path, guide: Path) -> None:
-    """ValueError where two models say that they learned other latents, or another path.
+def check_guide(model: Path, guide: Path, other_tokenizer: bool) -> None:
+    """ValueError or UsageError where two models say that they learned other latents, or another path.
 
     Converted ones do not say.
     """
     hashes = {tokenizer_hash_of(folder) for folder in (model, guide)}
-    if len(hashes - {None}) > 1:
-        raise ValueError("the guide was trained on latents of another tokenizer than the model")
+    if len(hashes - {None}) > 1 and not other_tokenizer:
+        raise UsageError(
+            "the guide was trained on latents of another tokenizer than the model; add --other-tokenizer if"
+            " only their decoders differ"
+        )
     paths = {last_path(folder) for folder in (model, guide)}
     if len(paths - {None}) > 1:
         raise ValueError(

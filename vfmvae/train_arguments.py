@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +14,12 @@ import tyro
 
 from vfmvae.cli import UsageError, parse
 from vfmvae.config import TrainConfig, check_same_run, read_config
+from vfmvae.diffusion.files import is_diffusion
 from vfmvae.diffusion_config import DiffusionConfig, check_same_diffusion, read_diffusion_config
 from vfmvae.encoders import EncoderConfig
+from vfmvae.model_files import CONFIG_FILE, find_model
 from vfmvae.recipes import DIFFUSION_RECIPES, RECIPES, diffusion_demo_on
+from vfmvae.serialization import read_json
 from vfmvae.tokenizer.files import tokenizer_config
 from vfmvae.training.run_folder import RunFolder, latest_run_path, new_run_path
 
@@ -76,16 +80,26 @@ class TrainCommand(NamedTuple, Generic[L, C]):
     """Defaults that follow from other options."""
 
 
+def unchecked(config: C, **changes: Any) -> C:
+    """Defaults that need not fit each other yet: what the command line makes of them is checked."""
+    found = copy.copy(config)
+    for name, value in changes.items():
+        object.__setattr__(found, name, value)
+    return found
+
+
 def _as_the_initial_one(config: TrainConfig, first: argparse.Namespace) -> TrainConfig:
     """A recipe's tokenizer is built as the one that the run begins with, and its joint model fits that."""
     if first.initial in (None, "None") or first.resume or first.config is not None:
         return config
+    if is_diffusion(read_json(find_model(first.initial) / CONFIG_FILE)):
+        raise UsageError(f"--initial {first.initial} is a diffusion model; give a tokenizer")
     tokenizer, joint = tokenizer_config(first.initial), config.joint
     if joint is not None:
         side = tokenizer.resolution // tokenizer.downsample
         model = replace(joint.model, channels=tokenizer.latent_channels, latent_size=side)
         joint = replace(joint, model=model)
-    return replace(config, tokenizer=tokenizer, joint=joint, initial=first.initial)
+    return unchecked(config, tokenizer=tokenizer, joint=joint, initial=first.initial)
 
 
 def _for_what_it_reads(config: DiffusionConfig, first: argparse.Namespace) -> DiffusionConfig:
@@ -96,15 +110,8 @@ def _for_what_it_reads(config: DiffusionConfig, first: argparse.Namespace) -> Di
             return diffusion_demo_on(named)
         return replace(config, data=None, encoder=None, latents=named)
     if first.data not in (None, "None"):
-        # Together, since a config without anything that gives features may be none.
-        tokenizer = config.tokenizer if first.tokenizer is None else first.tokenizer
-        return replace(
-            config,
-            data=first.data,
-            latents=None,
-            tokenizer=None if tokenizer == "None" else tokenizer,
-            encoder=config.encoder or (EncoderConfig() if first.encoder else None),
-        )
+        encoder = config.encoder or (EncoderConfig() if first.encoder else None)
+        return unchecked(config, data=first.data, latents=None, encoder=encoder)
     return config
 
 
@@ -161,7 +168,6 @@ def _first_pass(command: TrainCommand[L, C], arguments: list[str]) -> argparse.N
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--data")
     parser.add_argument("--latents")
-    parser.add_argument("--tokenizer")
     parser.add_argument("--initial")
     try:
         first = parser.parse_known_args(arguments)[0]

@@ -13,7 +13,7 @@ from vfmvae.data import Fault, Images, Request, choose_backend, load_batches, op
 from vfmvae.discriminators.blur import Blur, blur_sigma, reach_of
 from vfmvae.images import to_unit
 from vfmvae.losses.schedule import WeightSchedule
-from vfmvae.model_files import file_hash
+from vfmvae.model_files import weights_hash
 from vfmvae.tokenizer.parts import set_trained
 from vfmvae.train_networks import (
     build_forward,
@@ -105,6 +105,7 @@ class Job:
         self.distances = evaluation_distances(config, self.device, self.perceptual)
         self.adversaries = self._build_adversaries()
         frozen = never_trained(config, self.tokenizer)
+        self.initial_hash = None if config.initial is None else weights_hash(config.initial, frozen)
         self.ema = EMA(self.tokenizer, frozen)
         self.guard = self._guard()
         self.buffers = BufferGuard(self.tokenizer)
@@ -154,15 +155,12 @@ class Job:
         return StepGuard(self.config.safety, self.device, scaled=self._dtype == torch.float16)
 
     def check_initial(self) -> None:
-        """ValueError where the initial weights are not those that the run began with: checkpoints do not hold
-        what never trains.
-        """
-        if self.config.initial is None:
-            return
-        now = file_hash(self.config.initial)
-        if self.state.numbers.setdefault("initial_weights", now) != now:
+        """ValueError where what never trains, and is in no checkpoint, is not what the run began with."""
+        now = self.initial_hash
+        if now is not None and self.state.numbers.setdefault("initial_weights", now) != now:
             raise ValueError(
-                f"initial {self.config.initial} holds other weights than the run began with; give the same"
+                f"initial {self.config.initial} holds other weights, of what this run does not train, than it"
+                f" began with; give the same"
             )
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -61,8 +62,15 @@ def build_forward(
 
 def build_initial(config: TrainConfig, initial: str, device: torch.device) -> Tokenizer:
     """The tokenizer with the weights of a saved one; ValueError where it is built otherwise."""
-    try:
+    with naming_initial(initial):
         return build_with_weights(config.tokenizer, initial, device, config.fused)
+
+
+@contextmanager
+def naming_initial(initial: str) -> Iterator[None]:
+    """Says in a ValueError that it is about the weights that a run begins with."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(
             f"initial {initial}: {error}; build the run's tokenizer as that one (its config.json), or leave"

@@ -14,8 +14,10 @@ from torch import Tensor
 from vfmvae.config import TrainConfig
 from vfmvae.data import Images, open_data
 from vfmvae.data.transforms import CropConfig
+from vfmvae.model_files import MODEL_FILE, find_model, fitting_weights
 from vfmvae.tokenizer.equivariance import EquivarianceConfig
 from vfmvae.train_memory import MetaRun, StageMemory
+from vfmvae.train_networks import naming_initial
 from vfmvae.training.forward import StepOutput
 from vfmvae.training.joint import check_classes
 from vfmvae.training.stages import TERMS, StageConfig, TermSchedule
@@ -29,6 +31,9 @@ def describe(config: TrainConfig, console: Console) -> None:
     data = open_data(config.data, "train", config.tokenizer.resolution, config.seed)
     images = data.batch(0, 1)["image"]
     run, memories, outputs = MetaRun(config), list[StageMemory](), list[StepOutput]()
+    if config.initial is not None:
+        with naming_initial(config.initial):
+            fitting_weights(run.tokenizer, find_model(config.initial) / MODEL_FILE)
     for number, (stage, updates) in enumerate(zip(config.stages, plan.lengths, strict=True)):
         memory, output = run.enter_stage(number)
         trained = sum(p.numel() for p in run.tokenizer.parameters() if p.requires_grad)

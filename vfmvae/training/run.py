@@ -155,11 +155,11 @@ class Run(ABC, Generic[J, E]):
         self.announce()
         if "initial" not in job.state.numbers:
             job.state.numbers["initial"] = quality = self.measure().quality
-            bad = [f"{name} {value}" for name, value in quality.items() if not math.isfinite(value)]
+            bad = [f"{name} {value}" for name, value in quality.items() if math.isnan(value)]
             if bad:
                 raise ValueError(
-                    f"the evaluation before the first step is not finite ({', '.join(bad)}): the data, or the"
-                    f" models that the run begins with, hold values that are not"
+                    f"the evaluation before the first step gives {', '.join(bad)}: the data, or the models"
+                    f" that the run begins with, hold values that are not finite"
                 )
         if not resumed:
             self.checkpoints.save(job.state)

@@ -183,11 +183,6 @@ class StageConfig:
                 f"stage {self.name!r}: blur_sigma {self.blur_sigma} and blur_images {self.blur_images}"
                 f" must not be negative"
             )
-        if self.blur_sigma and not any(getattr(self.losses, term) for term in ADVERSARIAL_TERMS):
-            raise ValueError(
-                f"stage {self.name!r}: blur_sigma is {self.blur_sigma}, and there is no discriminator to blur"
-                f" images for; give one of losses.{{{','.join(ADVERSARIAL_TERMS)}}} a weight, or take it away"
-            )
         if self.blur_sigma and not self.blur_images:
             raise ValueError(
                 f"stage {self.name!r}: blur_sigma is {self.blur_sigma} and blur_images 0, so nothing would be"
